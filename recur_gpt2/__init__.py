@@ -1,0 +1,9 @@
+"""recur_gpt2: read documents of any length with a pretrained GPT-2, window by window, at constant memory."""
+
+from .configuration import RecurGPT2Config
+from .errors import InputError
+from .modeling import RecurGPT2LMHeadModel, RecurGPT2Model
+from .state import RecurState
+
+__all__ = ["InputError", "RecurGPT2Config", "RecurGPT2LMHeadModel", "RecurGPT2Model", "RecurState"]
+__version__ = "0.1.0"

@@ -1,0 +1,113 @@
+"""RecurGPT2Config: GPT-2's own configuration plus the window and the recurrence.
+
+A preset (`recurrence="default" | "yoshida2020" | "none"`) fills in whatever the caller leaves out, so a saved
+configuration is complete and does not change when a preset does.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import GPT2Config
+
+from .errors import InputError
+
+# The measurements behind "default" are in docs/ablation.md.
+PRESETS = {
+    "default": {"sink_slots": 1, "last_slots": 32, "pooled_slots": 4},
+    "yoshida2020": {"sink_slots": 0, "last_slots": 0, "pooled_slots": 1},
+    "none": {"sink_slots": 0, "last_slots": 0, "pooled_slots": 0},
+}
+
+
+@strict
+class RecurGPT2Config(GPT2Config):
+    """Configuration of a GPT-2 that reads a document in windows.
+
+    Args (beside those of `transformers.GPT2Config`):
+        window: T, tokens a window. At least 2, at most `n_positions`.
+        recurrence: name of the preset for the fields below that are left as None.
+        insert_layers: layers at which a window attends to memory. "default": all of them.
+        pool_layers: layers whose outputs are pooled into the memory of `insert_layers`, with a learned mix
+            (Yoshida et al. 2020). Empty: each layer's memory is made from that same layer in the window before.
+        sink_slots: learned slots that are the same for every document; they start as GPT-2's first position, on
+            which pretrained heads rest when nothing else fits. Only without `pool_layers`.
+        last_slots: slots that hold the last positions of the window before. Only without `pool_layers`.
+        pooled_slots: slots that hold learned pooling over the window before, carried over with a gate
+            (without `pool_layers`), or that the feed-forward net writes (with them).
+        recurrence_width: width of the feed-forward net's hidden layers, with `pool_layers`.
+        position_offset: positions by which every window but a document's first is shifted, so that the memory's
+            last positions can stand before the window's first one.
+
+    Raises:
+        InputError: a value out of range, or fields that contradict each other.
+    """
+
+    model_type = "recur_gpt2"
+
+    window: int = 256
+    recurrence: str = "default"
+    insert_layers: list[int] | None = None
+    pool_layers: list[int] | None = None
+    sink_slots: int | None = None
+    last_slots: int | None = None
+    pooled_slots: int | None = None
+    recurrence_width: int = 200
+    position_offset: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.recurrence not in PRESETS:
+            raise InputError(f"recurrence={self.recurrence!r} is not known; use one of {', '.join(PRESETS)}")
+        self._check_window()
+        for field, value in PRESETS[self.recurrence].items():
+            if getattr(self, field) is None:
+                setattr(self, field, value)
+        if self.pool_layers is None:
+            self.pool_layers = [self.n_layer - 1] if self.recurrence == "yoshida2020" else []
+        if self.insert_layers is None:
+            self.insert_layers = self._default_insert_layers()
+        if self.position_offset is None:
+            wanted = self.sink_slots + self.last_slots if self.last_slots else 0
+            self.position_offset = min(wanted, self.n_positions - self.window)
+        self._check_recurrence()
+        super().__post_init__(**kwargs)
+
+    @property
+    def memory_slots(self) -> int:
+        """M, keys and values that memory adds to each layer of `insert_layers`."""
+        return self.sink_slots + self.pooled_slots + self.last_slots
+
+    def _default_insert_layers(self):
+        if self.recurrence == "yoshida2020":
+            return [self.n_layer // 2]
+        return list(range(self.n_layer)) if self.memory_slots else []
+
+    def _check_window(self):
+        if self.window < 2:
+            raise InputError(f"window={self.window} is too short; a window holds at least 2 tokens")
+        if self.window > self.n_positions:
+            raise InputError(
+                f"window={self.window} exceeds the model's {self.n_positions} positions; "
+                f"use --window {self.n_positions} or less"
+            )
+
+    def _check_recurrence(self):
+        for field in ("insert_layers", "pool_layers"):
+            layers = getattr(self, field)
+            wrong = [layer for layer in layers if not 0 <= layer < self.n_layer]
+            if wrong or len(set(layers)) < len(layers):
+                raise InputError(f"{field}={layers} must be distinct layers from 0 to {self.n_layer - 1}")
+        for field in ("sink_slots", "last_slots", "pooled_slots"):
+            if getattr(self, field) < 0:
+                raise InputError(f"{field}={getattr(self, field)} must not be negative")
+        if self.last_slots > self.window:
+            raise InputError(f"last_slots={self.last_slots} exceeds window={self.window}; use {self.window} or less")
+        if self.pool_layers and (self.sink_slots or self.last_slots):
+            raise InputError(
+                f"pool_layers={self.pool_layers} pools whole windows and cannot be combined with "
+                f"sink_slots={self.sink_slots} or last_slots={self.last_slots}; set those to 0"
+            )
+        if self.pool_layers and not self.insert_layers:
+            raise InputError(f"pool_layers={self.pool_layers} needs at least one layer in insert_layers")
+        if not 0 <= self.position_offset <= self.n_positions - self.window:
+            raise InputError(
+                f"position_offset={self.position_offset} must be from 0 to n_positions - window = "
+                f"{self.n_positions - self.window}"
+            )

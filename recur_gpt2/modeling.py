@@ -1,0 +1,286 @@
+"""RecurGPT2Model and RecurGPT2LMHeadModel: a GPT-2 that reads documents of any length in windows.
+
+Notable here:
+- one function, `RecurGPT2Model.read`, takes (tokens, state) to (hidden states, next state); all else walks through it;
+- windows are computed in blocks of `parallel_windows`, layer by layer, wherever memory does not make them wait;
+- padding is squeezed out first, so that rows of any lengths and places in their windows share a batch.
+
+B rows, N tokens, W windows, T tokens a window, D model width, M memory slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration import RecurGPT2Config
+from .errors import InputError
+from .initialization import imitate_positions, load_gpt2
+from .layers import RecurGPT2Block
+from .losses import IGNORE, summed_loss
+from .padding import Packing
+from .reading import FreshWindows, ResumedWindows
+from .recurrence import LayerMemory, PooledMemory, make_recurrence
+from .state import RecurState
+from .walking import LayerWalk, PooledWalk
+
+
+@dataclass
+class RecurGPT2Output(ModelOutput):
+    """Output of RecurGPT2Model.
+
+    Attributes:
+        last_hidden_state: (B, N, D), zero at padding.
+        state: to go on from.
+        hidden_states: with `output_hidden_states`, L + 1 tensors (B, N, D): the embeddings, then each layer's output,
+            the last one after the final layer norm.
+    """
+
+    last_hidden_state: Tensor | None = None
+    state: RecurState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class RecurGPT2LMOutput(ModelOutput):
+    """Output of RecurGPT2LMHeadModel.
+
+    Attributes:
+        loss: () mean cross-entropy in nats over the labels that are scored; only with labels.
+        logits: (B, N, V).
+        state: to go on from.
+        hidden_states: as in RecurGPT2Output.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: RecurState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
+    config: RecurGPT2Config
+    config_class = RecurGPT2Config
+    base_model_prefix = "transformer"
+    _no_split_modules = ("RecurGPT2Block",)
+    _can_record_outputs = None
+    _supports_flash_attn = False
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, LayerMemory | PooledMemory):
+            module.reset_parameters()
+
+    @classmethod
+    def from_gpt2(cls, name_or_path: str, *, window: int = 256, recurrence: str = "default", **options):
+        """Give any GPT-2 checkpoint windows and a recurrence. The result computes exactly GPT-2 in a first window.
+
+        Args:
+            name_or_path: a hub id or a folder that `transformers` can load a GPT-2 from.
+            window: T, tokens a window.
+            recurrence: "default", "yoshida2020" or "none".
+            options: other fields of RecurGPT2Config.
+
+        Raises:
+            InputError: the checkpoint is missing, damaged or of another architecture, or a field is out of range.
+        """
+        base = load_gpt2(name_or_path)
+        fields = base.config.to_dict() | options
+        fields |= {"window": window, "recurrence": recurrence, "architectures": [cls.__name__]}
+        fields.pop("model_type")
+        model = cls(RecurGPT2Config(**fields)).to(base.dtype)
+        source = base if hasattr(model, "lm_head") else base.transformer
+        missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
+        alien = [name for name in missing if "recurrence." not in name] + unexpected
+        if alien:
+            raise InputError(f"{name_or_path} does not hold a whole GPT-2; these weights do not fit: {alien[:5]}")
+        imitate_positions(getattr(model, "transformer", model))
+        return model.eval()
+
+    def save_pretrained(self, save_directory, *args, tokenizer=None, **kwargs):
+        """As in transformers; with `tokenizer`, its files are saved beside the model."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(save_directory)
+
+
+class RecurGPT2Model(RecurGPT2PreTrainedModel):
+    """The transformer without a head."""
+
+    def __init__(self, config: RecurGPT2Config):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([RecurGPT2Block(config, layer_idx=layer) for layer in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.recurrence = make_recurrence(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def set_input_embeddings(self, value):
+        self.wte = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        state: RecurState | None = None,
+        output_hidden_states: bool = False,
+        parallel_windows: int = 1,
+    ) -> RecurGPT2Output:
+        """Read any number of tokens.
+
+        Args:
+            input_ids: (B, N) int64.
+            attention_mask: (B, N), 0 for padding, which may stand anywhere and changes nothing.
+            state: where the rows' documents go on from; None for their start.
+            output_hidden_states: return every layer's hidden states too.
+            parallel_windows: P, windows of a row to compute at once. More is faster and takes more memory; the
+                results are the same.
+
+        Raises:
+            InputError: the state is of another batch size, or there are no tokens.
+        """
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise InputError(f"input_ids of shape {tuple(input_ids.shape)} hold no tokens; give (batch, tokens)")
+        packing = Packing(input_ids, attention_mask)
+        state = self._checked_state(state, len(input_ids))
+        pieces = []
+        done = torch.zeros(len(input_ids), dtype=torch.int64)
+        while bool((done < packing.lengths).any()):
+            rows, stretch, ids, tokens = self._next_stretch(packing, state, done, parallel_windows)
+            hidden, read = self._run(ids, stretch)
+            state = read if len(rows) == len(done) else state.merge(rows, read)
+            pieces.append(
+                (rows, done[rows], tokens, [h.flatten(1, 2) for h in self._kept(hidden, output_hidden_states)])
+            )
+            done = done.index_add(0, rows, tokens)
+        layers = packing.unpack(pieces)
+        return RecurGPT2Output(layers[-1], state, tuple(layers) if output_hidden_states else None)
+
+    def read(self, input_ids: Tensor, starts: Tensor, state: RecurState | None = None) -> tuple[Tensor, RecurState]:
+        """Read W whole windows of each row at once: what training iterates over.
+
+        Args:
+            input_ids: (B, W, T) int64, T = config.window. A window whose document ends in it is padded at its end.
+            starts: (B, W) bool on the CPU, whether a document starts at the window. The window after a padded one
+                must start a document.
+            state: before the first window.
+
+        Returns:
+            Hidden states (B, W, T, D) after the final layer norm, and the state after the last window.
+        """
+        rows, windows, length = input_ids.shape
+        state = self._checked_state(state, rows)
+        has_memory = torch.ones(rows, windows, dtype=torch.bool)
+        has_memory[:, 0] = state.windows > 0
+        tokens = torch.full((rows,), windows * length)
+        stretch = FreshWindows(state, has_memory & ~starts, tokens, self.config.window)
+        hidden, state = self._run(input_ids, stretch)
+        return hidden[-1], state
+
+    def _checked_state(self, state, rows):
+        if state is None:
+            return RecurState.empty(rows)
+        if state.batch_size != rows:
+            raise InputError(f"the state holds {state.batch_size} rows and input_ids {rows}; give one row for each")
+        return state
+
+    def _kept(self, hidden, all_layers):
+        return hidden if all_layers else hidden[-1:]
+
+    def _next_stretch(self, packing, state, done, parallel_windows):
+        """What to read next: first fill windows that are not full, then whole windows, then tails."""
+        window = self.config.window
+        left = packing.lengths - done
+        resumed = (left > 0) & (state.filled > 0)
+        rows = (resumed if bool(resumed.any()) else left > 0).nonzero().squeeze(1)
+        left, picked = left[rows], state if len(rows) == len(done) else state.select(rows)
+        if bool(resumed.any()):
+            tokens = torch.minimum(left, window - picked.filled)
+            has_memory = (picked.windows > 0)[:, None]
+            stretch = ResumedWindows(picked, has_memory, tokens, window)
+            return rows, stretch, packing.take(rows, done[rows], int(tokens.max()))[:, None], tokens
+        windows = int(left.max()) // window
+        windows = max(1, min(windows, parallel_windows))
+        tokens = left.clamp_max(windows * window)
+        has_memory = torch.ones(len(rows), windows, dtype=torch.bool)
+        has_memory[:, 0] = picked.windows > 0
+        ids = packing.take(rows, done[rows], int(tokens.max()) if windows == 1 else windows * window)
+        return rows, FreshWindows(picked, has_memory, tokens, window), ids.view(len(rows), windows, -1), tokens
+
+    def _run(self, input_ids, stretch):
+        """(B, W, T) tokens -> list of L + 1 hidden states (B, W, T, D), next state."""
+        positions = stretch.positions(input_ids.shape[2], self.config.position_offset).to(input_ids.device)
+        hidden = [self.drop(self.wte(input_ids) + self.wpe(positions))]
+        walk = (PooledWalk if self.config.pool_layers else LayerWalk)(self, stretch)
+        hidden += walk.run(hidden[0])
+        hidden[-1] = self.ln_f(hidden[-1])
+        return hidden, stretch.next_state(walk.memory, walk.window)
+
+
+class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel):
+    """The transformer with GPT-2's language-modeling head (tied to the embeddings unless the configuration says no)."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 (transformers reads it so)
+
+    def __init__(self, config: RecurGPT2Config):
+        super().__init__(config)
+        self.transformer = RecurGPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        state: RecurState | None = None,
+        output_hidden_states: bool = False,
+        parallel_windows: int = 1,
+    ) -> RecurGPT2LMOutput:
+        """Read any number of tokens and predict each one's successor.
+
+        Args:
+            labels: (B, N) int64, as `input_ids`: they are shifted inside, so that the first one is predicted by no
+                position. -100 is not scored, nor is padding.
+            The other arguments are those of RecurGPT2Model.
+
+        Raises:
+            InputError: as RecurGPT2Model, or labels of another shape.
+        """
+        if labels is not None and labels.shape != input_ids.shape:
+            raise InputError(
+                f"labels have shape {tuple(labels.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
+            )
+        out = self.transformer(input_ids, attention_mask, state, output_hidden_states, parallel_windows)
+        loss = None if labels is None else self._loss(out.last_hidden_state, labels, attention_mask)
+        return RecurGPT2LMOutput(loss, self.lm_head(out.last_hidden_state), out.state, out.hidden_states)
+
+    def _loss(self, hidden, labels, attention_mask):
+        packing = Packing(labels, attention_mask)
+        targets = nn.functional.pad(packing.ids[:, 1:], (0, 1), value=IGNORE)
+        inside = torch.arange(targets.shape[1]) < packing.lengths[:, None] - 1
+        targets = targets.masked_fill(~inside.to(targets.device), IGNORE)
+        scored = (targets != IGNORE).sum().clamp_min(1)
+        return summed_loss(packing.pack(hidden), self.lm_head.weight, targets) / scored
+
+
+AutoConfig.register(RecurGPT2Config.model_type, RecurGPT2Config)
+AutoModel.register(RecurGPT2Config, RecurGPT2Model)
+AutoModelForCausalLM.register(RecurGPT2Config, RecurGPT2LMHeadModel)

@@ -1,0 +1,120 @@
+"""How a stretch of tokens lies in windows: where each token stands, what it may see, what is left afterwards.
+
+`FreshWindows` reads W windows of each row at once, from their first token on; `ResumedWindows` continues windows that
+are not full. The model runs its layers over either one alike. B rows, W windows, T tokens a window, H heads,
+d = D / H. All counters are on the CPU, so that no decision waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import KeyValue, resumed_attention, window_attention
+from .state import RecurState
+
+
+class FreshWindows:
+    """W windows of each of B rows, all read from their first token on.
+
+    Attributes:
+        has_memory: (B, W) bool, whether each window continues the one before.
+        completed: (B,) int64, windows of each row that end full.
+        filled: (B,) int64, tokens in each row's unfinished window afterwards.
+    """
+
+    def __init__(self, state: RecurState, has_memory: Tensor, tokens: Tensor, window: int):
+        """`tokens`: (B,) int64, tokens of each row; whatever lies beyond them is padding."""
+        self.state, self.has_memory, self.tokens, self.window = state, has_memory, tokens, window
+        self.completed, self.filled = tokens // window, tokens % window
+
+    def positions(self, length: int, offset: int) -> Tensor:
+        """(B, W, T) int64 position ids; a window that has memory is shifted by `offset`."""
+        return torch.arange(length) + offset * self.has_memory[..., None].long()
+
+    def pads(self, length: int) -> Tensor:
+        """(B, W, T) bool, places that hold no token."""
+        windows = self.has_memory.shape[1]
+        return (torch.arange(windows * length) >= self.tokens[:, None]).view(-1, windows, length)
+
+    def extend(self, layer: str, key: Tensor, value: Tensor) -> KeyValue:
+        """(B, W, H, T, d) new keys and values -> those of the windows so far: the same."""
+        return key, value
+
+    def attend(self, query, key, value, memory: KeyValue | None, has_memory: Tensor, **options) -> Tensor:
+        """(B, W, H, T, d) each, memory (B, W, H, M, d), has_memory (B, W) -> (B, W, H, T, d)."""
+        flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        memory = None if memory is None else tuple(tensor.flatten(0, 1) for tensor in memory)
+        return window_attention(*flat, memory, has_memory.flatten(), **options).view(query.shape)
+
+    def next_state(self, memory: dict[str, Tensor], window: dict[str, Tensor]) -> RecurState:
+        return RecurState(self.state.windows + self.completed, self.filled, memory, window)
+
+    def after_completed(self, each: Tensor, before: Tensor | None) -> Tensor:
+        """(B, W, ...) raw memory after each window -> (B, ...) after each row's last full window."""
+        if bool((self.completed == each.shape[1]).all()):
+            return each[:, -1]
+        if before is None:
+            before = torch.zeros_like(each[:, 0])
+        return _pick(torch.cat((before[:, None], each), dim=1), self.completed)
+
+    def unfinished(self, key: Tensor, value: Tensor) -> Tensor:
+        """(B, W, H, T, d) -> (B, 2, H, F, d) of each row's unfinished window, zero beyond its tokens."""
+        longest = int(self.filled.max())
+        index = self.completed.clamp_max(key.shape[1] - 1)
+        kept = torch.stack([_pick(tensor, index)[..., :longest, :] for tensor in (key, value)], dim=1)
+        inside = (torch.arange(longest) < self.filled[:, None]).to(kept.device)
+        return kept * inside[:, None, None, :, None]
+
+    def unfinished_sum(self, sums: Tensor) -> Tensor:
+        """(B, W, p, D) -> (B, p, D) of each row's unfinished window, zero where there is none."""
+        kept = _pick(sums, self.completed.clamp_max(sums.shape[1] - 1))
+        return kept * (self.filled > 0).to(kept.device)[:, None, None]
+
+
+class ResumedWindows(FreshWindows):
+    """One window of each row, continued: row b's n tokens stand behind the `state.filled[b]` that it holds. W = 1."""
+
+    def __init__(self, state: RecurState, has_memory: Tensor, tokens: Tensor, window: int):
+        super().__init__(state, has_memory, state.filled + tokens, window)
+        self.new_tokens = tokens
+
+    def positions(self, length: int, offset: int) -> Tensor:
+        places = self.state.filled[:, None, None] + super().positions(length, offset)
+        # Padding behind a row's tokens may count past the window: keep it inside the position table.
+        return places.clamp_max(self.window - 1 + offset)
+
+    def pads(self, length: int) -> Tensor:
+        return (torch.arange(length) >= self.new_tokens[:, None])[:, None]
+
+    def extend(self, layer: str, key: Tensor, value: Tensor) -> KeyValue:
+        """Keys and values of each window so far, the new ones behind the old: (B, 1, H, F, d)."""
+        old = self.state.window[layer]
+        new = torch.stack((key[:, 0], value[:, 0]), dim=1)
+        both = self._append(old, new)
+        return both[:, None, 0], both[:, None, 1]
+
+    def _append(self, old, new):
+        """(B, 2, H, F, d) and (B, 2, H, n, d) -> (B, 2, H, F', d), row b's new ones at `filled[b]`."""
+        filled = self.state.filled
+        if bool((filled == filled[0]).all()):
+            return torch.cat((old[..., : int(filled[0]), :], new.to(old.dtype)), dim=-2)
+        rows, length = len(filled), int((filled + self.new_tokens).max())
+        room = max(length, int(filled.max()) + new.shape[-2])
+        both = old.new_zeros(*old.shape[:-2], room, old.shape[-1])
+        both[..., : old.shape[-2], :] = old
+        places = (filled[:, None] + torch.arange(new.shape[-2])).to(old.device)
+        index = places.view(rows, 1, 1, -1, 1).expand_as(new)
+        return both.scatter(-2, index, new.to(old.dtype))[..., :length, :]
+
+    def attend(self, query, key, value, memory: KeyValue | None, has_memory: Tensor, **options) -> Tensor:
+        memory = None if memory is None else tuple(tensor[:, 0] for tensor in memory)
+        parts = query[:, 0], key[:, 0], value[:, 0]
+        return resumed_attention(*parts, memory, has_memory[:, 0], self.state.filled, **options)[:, None]
+
+
+def _pick(tensor, index):
+    """tensor[b, index[b]] for every row b; a plain slice where all rows agree."""
+    if bool((index == index[0]).all()):
+        return tensor[:, int(index[0])]
+    return tensor[torch.arange(len(index), device=tensor.device), index.to(tensor.device)]

@@ -1,0 +1,139 @@
+"""RecurState: all that crosses a border between two calls, and nothing else.
+
+Every tensor has the batch as its first dimension. A call takes a state and returns a new one; no tensor of a state is
+ever changed in place, so a state can be kept, branched from and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class RecurState:
+    """What a model carries from one stretch of a document to the next, for B rows.
+
+    Attributes:
+        windows: (B,) int64 on the CPU, full windows read since the row's document began; a row has memory once
+            this is positive.
+        filled: (B,) int64 on the CPU, tokens of the window that is not full yet.
+        memory: what the last full window left. Without `pool_layers`: {"<layer>": (B, 2, H, pooled + last slots,
+            D / H)}, keys and values. With them: {"pooled": (B, len(pool_layers), D)}, mean hidden states.
+        window: what is needed inside the window that is not full yet: {"<layer>": (B, 2, H, F, D / H)}, its keys
+            and values, zero beyond a row's `filled`; with `pool_layers` also {"pooled": (B, len(pool_layers), D)},
+            the sums of its hidden states.
+    """
+
+    windows: Tensor
+    filled: Tensor
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    window: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, batch_size: int) -> RecurState:
+        """The state before a document's first token, for `batch_size` rows."""
+        zeros = torch.zeros(batch_size, dtype=torch.int64)
+        return cls(windows=zeros, filled=zeros)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.windows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors hold."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def detach(self) -> RecurState:
+        """The same state, cut from the graph that made it."""
+        return self._map(Tensor.detach)
+
+    def to(self, *args, **kwargs) -> RecurState:
+        """Memory and window moved or cast as by `Tensor.to`; the counters stay on the CPU."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def select(self, rows: Tensor | list[int]) -> RecurState:
+        """The given rows, in the given order; a row may be left out or repeated."""
+        rows = torch.as_tensor(rows)
+        picked = self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        rows = rows.cpu()
+        return replace(picked, windows=self.windows[rows], filled=self.filled[rows])
+
+    reorder = select
+
+    def merge(self, rows: Tensor, other: RecurState) -> RecurState:
+        """This state with `rows` (B',) replaced by those of `other`, a state of B' rows."""
+        windows, filled = self.windows.clone(), self.filled.clone()
+        windows[rows], filled[rows] = other.windows, other.filled
+        groups = ((getattr(self, name), getattr(other, name)) for name in ("memory", "window"))
+        memory, window = (
+            {key: _replace_rows(old.get(key), rows, new.get(key), self.batch_size) for key in old | new}
+            for old, new in groups
+        )
+        return RecurState(windows, filled, memory, window)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state as one safetensors file."""
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self._tensors().items()}
+        save_file(tensors, path, metadata={"format": "recur_gpt2.state"})
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> RecurState:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is damaged or holds something else.
+        """
+        try:
+            tensors = load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a readable state file ({error}); save the state again") from error
+        if not {"windows", "filled"} <= tensors.keys():
+            raise InputError(f"{path} holds no state of recur_gpt2; give a file that RecurState.save wrote")
+        groups = {"memory": {}, "window": {}}
+        for name, tensor in tensors.items():
+            group, _, key = name.partition(".")
+            if key:
+                groups[group][key] = tensor
+        return cls(windows=tensors["windows"].cpu(), filled=tensors["filled"].cpu(), **groups)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> RecurState:
+        return replace(
+            self,
+            memory={key: function(tensor) for key, tensor in self.memory.items()},
+            window={key: function(tensor) for key, tensor in self.window.items()},
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"windows": self.windows, "filled": self.filled}
+        tensors |= {f"memory.{key}": tensor for key, tensor in self.memory.items()}
+        return tensors | {f"window.{key}": tensor for key, tensor in self.window.items()}
+
+
+def _replace_rows(old: Tensor | None, rows: Tensor, new: Tensor | None, batch_size: int) -> Tensor:
+    """`old` with the given rows set to `new`; the sizes may differ in unfinished windows, and None stands for zeros."""
+    shapes = [tensor.shape[1:] for tensor in (old, new) if tensor is not None]
+    like = old if new is None else new
+    merged = like.new_zeros(batch_size, *map(max, zip(*shapes, strict=True)))
+    kept = torch.ones(batch_size, dtype=torch.bool)
+    kept[rows] = False
+    staying = kept.nonzero().squeeze(1)
+    if old is not None:
+        merged = _set_rows(merged, staying, old.index_select(0, staying.to(old.device)))
+    return merged if new is None else _set_rows(merged, rows, new)
+
+
+def _set_rows(merged, rows, values):
+    sizes = zip(reversed(values.shape[1:]), reversed(merged.shape[1:]), strict=True)
+    padding = [side for size, wanted in sizes for side in (0, wanted - size)]
+    values = torch.nn.functional.pad(values, padding)
+    return merged.index_copy(0, rows.to(merged.device), values.to(merged.dtype))
