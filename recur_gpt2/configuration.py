@@ -11,7 +11,7 @@ from .errors import InputError
 
 # The measurements behind "default" are in docs/ablation.md.
 PRESETS = {
-    "default": {"sink_slots": 1, "last_slots": 32, "pooled_slots": 4},
+    "default": {"sink_slots": 1, "last_slots": 32, "pooled_slots": 0},
     "yoshida2020": {"sink_slots": 0, "last_slots": 0, "pooled_slots": 1},
     "none": {"sink_slots": 0, "last_slots": 0, "pooled_slots": 0},
 }

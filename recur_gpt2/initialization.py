@@ -1,4 +1,4 @@
-"""From a pretrained GPT-2 to a model that reads on: load its weights, and teach the new slots where they stand."""
+"""From a pretrained GPT-2 to a model that reads on: load its weights, and show the new slots where they stand."""
 
 from __future__ import annotations
 
@@ -8,14 +8,31 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, GPT2LMHeadModel
+from transformers import AutoConfig, GPT2LMHeadModel, PretrainedConfig
 
 from .errors import InputError
 
 if TYPE_CHECKING:
     from .modeling import RecurGPT2Model
 
-SAMPLES = 64  # random stretches that the position shifts are averaged over
+SAMPLES = 32  # stretches of tokens that the position shifts are averaged over
+FREQUENCY_CONTEXT = 2  # random tokens before the model is asked how frequent each token is
+
+
+def load_config(name_or_path: str) -> PretrainedConfig:
+    """The configuration of a model on the hub or in a folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError, HFValidationError) as error:
+        raise InputError(
+            f"no model was found at {str(name_or_path)!r}, neither as a folder nor on the hub; give a folder with "
+            f"config.json and model.safetensors, a hub id such as openai-community/gpt2 (with a network), or the "
+            f"bundled data/gpt2-mini"
+        ) from error
 
 
 def load_gpt2(name_or_path: str) -> GPT2LMHeadModel:
@@ -24,14 +41,7 @@ def load_gpt2(name_or_path: str) -> GPT2LMHeadModel:
     Raises:
         InputError: it cannot be found, is damaged, or is no GPT-2.
     """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError, HFValidationError) as error:
-        raise InputError(
-            f"no model was found at {str(name_or_path)!r}, neither as a folder nor on the hub; give a folder with "
-            f"config.json and model.safetensors, a hub id such as openai-community/gpt2 (with a network), or the "
-            f"bundled data/gpt2-mini"
-        ) from error
+    config = load_config(name_or_path)
     if config.model_type == "recur_gpt2":
         raise InputError(f"{name_or_path} already has windows; load it with from_pretrained instead of from_gpt2")
     if config.model_type != "gpt2":
@@ -46,29 +56,36 @@ def load_gpt2(name_or_path: str) -> GPT2LMHeadModel:
 
 @torch.no_grad()
 def imitate_positions(model: RecurGPT2Model) -> None:
-    """Let sinks and last positions look to GPT-2 as if they stood in front of the window.
+    """Let sinks and last positions look to GPT-2 as if they stood right in front of the window.
 
-    A last-position slot holds keys and values made at the end of its window. GPT-2 adds its position embedding to
-    the input, so those keys say "the end". What a position contributes is measured on the model itself: random
-    tokens read at the end of a window and, once more, where the slots should seem to be; the mean difference at each
-    layer is the slot's initial shift. A sink starts as the mean key and value of the first position.
+    A last-position slot holds keys and values made at the end of a full window, and they say so: through the position
+    embedding, and through how much context they saw. The remedy is measured on the model itself, without data:
+    likely tokens are read as a full window, and the last of them once more at the positions in front of a window; the
+    difference of the mean keys and values, layer by layer, is the slots' initial shift. A sink starts as the mean key
+    and value of the first position. docs/ablation.md has what this gains.
     """
     config = model.config
-    if not config.position_offset or not model.recurrence or config.pool_layers:
+    if not config.last_slots or not config.position_offset:
         return
-    last, sinks = config.last_slots, config.sink_slots
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (SAMPLES, 1 + last), generator=generator)
-    end = config.position_offset + config.window - last
-    front = config.position_offset - last
-    positions = torch.arange(last)
-    zero = torch.zeros(1, dtype=torch.int64)
-    at_front = _mean_keys_and_values(model, tokens, torch.cat((zero, (front + positions).clamp_min(0))))
-    at_end = _mean_keys_and_values(model, tokens, torch.cat((zero, end + positions)))
+    last, end = config.last_slots, config.position_offset + config.window
+    tokens = _likely_tokens(model, (SAMPLES, end))
+    in_front = torch.arange(config.position_offset - last, config.position_offset).clamp_min(0)
+    at_end = _mean_keys_and_values(model, tokens, torch.arange(end))
+    again = torch.cat((tokens[:, :1], tokens[:, -last:]), dim=1)
+    at_front = _mean_keys_and_values(model, again, torch.cat((torch.zeros(1, dtype=torch.int64), in_front)))
     for name, recurrence in model.recurrence.items():
-        shift = (at_front[int(name)] - at_end[int(name)])[..., 1:, :]
-        recurrence.shift[..., config.pooled_slots :, :] = shift
-        recurrence.sink[:] = at_front[int(name)][..., :1, :].expand(-1, -1, sinks, -1)
+        front, back = at_front[int(name)], at_end[int(name)]
+        recurrence.shift[..., config.pooled_slots :, :] = front[..., 1:, :] - back[..., -last:, :]
+        recurrence.sink[:] = front[..., :1, :]
+
+
+def _likely_tokens(model, shape):
+    """Independent tokens, each as frequent as the model expects it to be after random ones."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(model.config.vocab_size, (SAMPLES, FREQUENCY_CONTEXT), generator=generator)
+    hidden = model(random.to(model.wte.weight.device)).last_hidden_state[:, -1]
+    expected = (hidden @ model.wte.weight.T).softmax(dim=-1).mean(dim=0).cpu()
+    return torch.multinomial(expected, shape[0] * shape[1], replacement=True, generator=generator).view(shape)
 
 
 def _mean_keys_and_values(model, tokens, positions) -> list[Tensor]:

@@ -100,8 +100,8 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
         alien = [name for name in missing if "recurrence." not in name] + unexpected
         if alien:
             raise InputError(f"{name_or_path} does not hold a whole GPT-2; these weights do not fit: {alien[:5]}")
-        imitate_positions(getattr(model, "transformer", model))
-        return model.eval()
+        imitate_positions(getattr(model.eval(), "transformer", model))
+        return model
 
     def save_pretrained(self, save_directory, *args, tokenizer=None, **kwargs):
         """As in transformers; with `tokenizer`, its files are saved beside the model."""

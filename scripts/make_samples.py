@@ -15,9 +15,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recur_gpt2.corpora import wikitext_articles
+
 TRAIN_BYTES = 14_000_000
 TRAIN_BOOK_BYTES = (200_000, 1_200_000)
-ARTICLE_HEADING = re.compile(r"^ = ([^=].*?[^=]|[^=]) = $")
 
 
 def main():
@@ -42,8 +43,8 @@ def main():
         "test": "wiki.test.raw",
     }
     for split, name in sources.items():
-        articles = wikitext_articles((args.wikitext / name).read_text(encoding="utf-8"))
-        write(articles, args.output / "wikitext-103-sample" / f"{split}.parquet")
+        lines = (args.wikitext / name).read_text(encoding="utf-8").split("\n")
+        write(list(wikitext_articles(lines)), args.output / "wikitext-103-sample" / f"{split}.parquet")
 
 
 def train_sample(rows):
@@ -77,23 +78,6 @@ def plain_author(author):
     author = re.sub(r"\s*\[.*?\]", "", author)
     last, comma, first = author.partition(", ")
     return f"{first} {last}" if comma and ", " not in first else author
-
-
-def wikitext_articles(text):
-    """One row an article. A heading ` = Title = ` stands alone between two blank lines."""
-    lines = text.split("\n")
-    starts = [
-        index
-        for index, line in enumerate(lines)
-        if ARTICLE_HEADING.match(line)
-        and (index == 0 or not lines[index - 1].strip())
-        and (index + 1 == len(lines) or not lines[index + 1].strip())
-    ]
-    articles = []
-    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
-        title = ARTICLE_HEADING.match(lines[start]).group(1)
-        articles.append({"title": title, "text": "\n".join(lines[start:end])})
-    return articles
 
 
 def write(rows, path):

@@ -27,6 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from recur_gpt2.allocator import tune_allocator
+
 END = "<|endoftext|>"
 POSITIONS = 1024
 HELD_OUT = ["pg19-sample/train", "pg19-sample/validation", "pg19-sample/test"]
@@ -55,6 +57,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    tune_allocator()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     books = training_books(args)
     tokenizer = train_tokenizer(args, books)

@@ -1,0 +1,124 @@
+"""What a model costs: FLOPs counted from its configuration, memory and speed as measured.
+
+A FLOP is a multiplication or an addition inside a matrix product, as torch's FlopCounterMode counts them: attention
+counts for the whole rectangle of queries and keys, whether a kernel skips the future or not.
+"""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .allocator import release_memory
+from .configuration import RecurGPT2Config
+
+CLEAR_PEAK = "5"  # proc(5), clear_refs: reset the peak resident set size
+
+
+def flops_per_token(config: RecurGPT2Config, *, memory: bool = True, training: bool = False) -> float:
+    """FLOPs for one token of a full window, LM head included.
+
+    Args:
+        memory: whether the window reads and writes memory; False for the first window of a document, or for
+            windows read apart.
+        training: forward and backward (three times the forward) rather than forward alone. Recomputation under
+            checkpointing would add one more.
+    """
+    width, window = config.n_embd, config.window
+    inner = config.n_inner or 4 * width
+    layer = 2 * width * (4 * width + 2 * inner) + 4 * width * window
+    forward = config.n_layer * layer + 2 * width * config.vocab_size
+    if memory:
+        forward += _recurrence_flops(config) / window
+    return forward * (3 if training else 1)
+
+
+def _recurrence_flops(config):
+    """FLOPs of one window for its memory: attending to it, and making the next one."""
+    width, window, slots = config.n_embd, config.window, config.memory_slots
+    attending = len(config.insert_layers) * 4 * width * window * slots
+    if config.pool_layers:
+        hidden = config.recurrence_width
+        net = 2 * (width * hidden + hidden * hidden + hidden * slots * width)
+        return attending + net + len(config.insert_layers) * 2 * width * 2 * width * slots
+    pooling = config.pooled_slots * width * (6 * window + 2)
+    return attending + len(config.insert_layers) * pooling
+
+
+@dataclass
+class Measurement:
+    """What `Meter` measured.
+
+    Attributes:
+        seconds: wall-clock time.
+        peak_memory_bytes: weights and the most that was in use beside them; None where it cannot be measured.
+    """
+
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+
+
+class Meter:
+    """Context manager that measures time and peak memory of what runs inside it.
+
+    On CUDA the peak is PyTorch's own count of allocated bytes. On the CPU (Linux) it is the growth of the process's
+    resident memory above its start, plus the model's weights, which are resident already.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.result = Measurement()
+
+    def __enter__(self) -> Measurement:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            release_memory()
+            self._resident = _reset_peak()
+        self._start = time.perf_counter()
+        return self.result
+
+    def __exit__(self, *exception):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.result.peak_memory_bytes = torch.cuda.max_memory_allocated(self.device)
+        elif self._resident is not None:
+            self.result.peak_memory_bytes = peak_resident() - self._resident + weight_bytes(self.model)
+        self.result.seconds = time.perf_counter() - self._start
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the parameters, shared ones counted once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def peak_resident() -> int:
+    """Most bytes this process has had in memory, since its start or the last `Meter`."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return _status_bytes(status, "VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _reset_peak():
+    """Resident bytes now, with the peak set back to them; None where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
+        return _status_bytes(Path("/proc/self/status"), "VmRSS")
+    except OSError:
+        return None
+
+
+def _status_bytes(status, field):
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024

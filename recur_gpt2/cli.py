@@ -1,0 +1,156 @@
+"""The command line: `recur-gpt2 finetune | evaluate`, and the arguments that run_pg19.py shares with it.
+
+Parses, calls, prints. Bad input ends in one sentence and exit status 2, Ctrl-C in status 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .allocator import tune_allocator
+from .errors import InputError
+
+BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "data" / "gpt2-mini"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `recur-gpt2`."""
+    parser = argparse.ArgumentParser(prog="recur-gpt2", description="GPT-2 for documents of any length.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    finetune = commands.add_parser("finetune", help="finetune a GPT-2 with recurrence on documents and compare it")
+    add_experiment_arguments(finetune, data="pg19-sample")
+    finetune.set_defaults(run=run_finetune)
+    evaluate = commands.add_parser("evaluate", help="score documents with a model, by any protocol")
+    _add_evaluate_arguments(evaluate)
+    evaluate.set_defaults(run=run_evaluate)
+    args = parser.parse_args(argv)
+    return guarded(lambda: args.run(args))
+
+
+def guarded(run: Callable[[], None]) -> int:
+    """Run a command; returns its exit status."""
+    tune_allocator()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        run()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> None:
+    """The flags of a comparison, each explained in a line."""
+    add = parser.add_argument
+    add("--window", type=int, default=256, help="T, tokens a window (default: 256)")
+    add("--model", default=str(BUNDLED_MODEL), help="GPT-2 checkpoint: hub id or folder (default: data/gpt2-mini)")
+    add(
+        "--data", default=data, help=f"pg19-sample, wikitext-103-sample, pg19, wikitext-103 or a path (default: {data})"
+    )
+    add("--recurrence", default="default", help="default, yoshida2020 or none")
+    add("--bptt", type=int, default=4, help="K, windows that gradients reach back over (default: 4)")
+    add("--steps", type=int, default=120, help="optimizer steps (default: 120)")
+    add("--lanes", type=int, default=8, help="documents read side by side (default: 8)")
+    add("--lr", type=float, default=3e-4, help="peak learning rate of the pretrained weights (default: 3e-4)")
+    add("--recurrence-lr", type=float, default=3e-3, help="peak learning rate of the recurrence (default: 3e-3)")
+    add("--accumulate", type=int, default=1, help="segments per optimizer step (default: 1)")
+    add("--checkpointing", action="store_true", help="recompute windows in the backward pass: least memory")
+    add("--parallel-windows", type=int, help="windows of a lane computed at once (default: all K, or 1 to save memory)")
+    add("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="auto measures which is faster")
+    add(
+        "--eval-split",
+        default="test",
+        choices=["train", "validation", "test"],
+        help="documents to score (default: test)",
+    )
+    add("--eval-tokens", type=int, default=147456, help="tokens to score, 0 for all (default: 147456)")
+    add("--save-every", type=int, default=100, help="steps between checkpoints (default: 100)")
+    add("--seed", type=int, default=0, help="of the documents' order (default: 0)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one")
+    add("--resume", action="store_true", help="go on where an earlier run in --output-dir stopped")
+    add("--output-dir", type=Path, help="default: runs/NAME-wWINDOW")
+    add("--no-control", action="store_true", help="leave out finetuning without recurrence")
+    for slots in ("sink", "last", "pooled"):
+        add(f"--{slots}-slots", type=int, help=f"{slots} slots of memory a layer (default: the preset's)")
+    add("--insert-layers", type=int, nargs="+", help="layers that attend to memory (default: the preset's)")
+
+
+def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
+    """Run the comparison and print its table."""
+    from .experiment import ExperimentArguments, run_experiment
+    from .report import finding, format_table
+    from .training import TrainingArguments
+
+    training = {key: getattr(args, key) for key in ("steps", "lanes", "bptt", "lr", "recurrence_lr", "accumulate")}
+    training |= {key: getattr(args, key) for key in ("checkpointing", "parallel_windows", "precision", "seed")}
+    options = {key: getattr(args, key) for key in ("sink_slots", "last_slots", "pooled_slots", "insert_layers")}
+    name = name or Path(args.data).stem
+    results = run_experiment(
+        ExperimentArguments(
+            model=args.model,
+            data=args.data,
+            output_dir=args.output_dir or Path("runs") / f"{name}-w{args.window}",
+            window=args.window,
+            recurrence=args.recurrence,
+            recurrence_options={key: value for key, value in options.items() if value is not None},
+            training=TrainingArguments(**training, save_every=args.save_every),
+            eval_split=args.eval_split,
+            eval_tokens=args.eval_tokens or None,
+            control=not args.no_control,
+            device=args.device,
+            resume=args.resume,
+        )
+    )
+    print(format_table(results["rows"]))
+    print()
+    print(finding(results["rows"]))
+    print(f"Report, plots and models: {results['settings']['output_dir']}")
+
+
+def _add_evaluate_arguments(parser):
+    add = parser.add_argument
+    add("--model", default=str(BUNDLED_MODEL), help="GPT-2 or recur_gpt2 model: hub id or folder")
+    add("--data", default="pg19-sample", help="documents, as for finetune (default: pg19-sample)")
+    add("--split", default="test", choices=["train", "validation", "test"], help="default: test")
+    add("--window", type=int, help="T; default: the model's own, or 256 for a GPT-2")
+    add(
+        "--protocols",
+        nargs="+",
+        help="disjoint, overlap, recurrent, recurrent+overlap, zeroed, shuffled (default: all)",
+    )
+    add("--eval-tokens", type=int, default=0, help="tokens to score, 0 for all (default)")
+    add("--lanes", type=int, default=8, help="documents read side by side (default: 8)")
+    add("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="auto measures which is faster")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one")
+    add("--json", type=Path, help="write the rows to this file too")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Score documents and print a table."""
+    import json
+
+    from .experiment import evaluate_model
+    from .files import atomic_write_text
+    from .report import format_table
+
+    rows = evaluate_model(
+        args.model,
+        args.data,
+        split=args.split,
+        window=args.window,
+        protocols=args.protocols,
+        eval_tokens=args.eval_tokens or None,
+        lanes=args.lanes,
+        precision=args.precision,
+        device=args.device,
+    )
+    print(format_table(rows))
+    if args.json:
+        atomic_write_text(args.json, json.dumps({"rows": rows}, indent=1) + "\n")

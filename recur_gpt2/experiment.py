@@ -1,0 +1,271 @@
+"""The comparison that the project exists for: one GPT-2, one window, the same finetuning, with recurrence and without.
+
+`run_experiment` finetunes both, evaluates every protocol and control, and writes the report. run_pg19.py and
+`recur-gpt2 finetune` are thin around it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .configuration import RecurGPT2Config
+from .corpora import Corpus, load_corpus
+from .errors import InputError
+from .evaluation import CONTROLS, PROTOCOLS, Evaluation, evaluate, gap_covered_interval
+from .files import atomic_write_text
+from .initialization import load_config
+from .modeling import RecurGPT2LMHeadModel
+from .precision import autocast_dtype
+from .report import gap_covered, write_report
+from .training import Trainer, TrainingArguments
+
+PACKAGES = ("recur-gpt2", "torch", "transformers", "datasets", "accelerate", "tokenizers")
+
+
+@dataclass
+class ExperimentArguments:
+    """Settings of one comparison."""
+
+    model: str
+    """GPT-2 checkpoint: hub id or folder."""
+    data: str
+    """Documents, as `load_corpus` takes them."""
+    output_dir: Path
+    """Where everything is written."""
+    window: int = 256
+    """T, tokens a window."""
+    recurrence: str = "default"
+    """Preset of RecurGPT2Config."""
+    recurrence_options: dict = field(default_factory=dict)
+    """Fields of RecurGPT2Config that differ from the preset."""
+    training: TrainingArguments = field(default_factory=TrainingArguments)
+    """How both are finetuned."""
+    eval_split: str = "test"
+    """Documents that are scored."""
+    eval_tokens: int | None = None
+    """Tokens to score: the same number from the start of each document. None: everything."""
+    control: bool = True
+    """Finetune and score the disjoint control too."""
+    device: str = "auto"
+    """"auto", "cpu" or "cuda"."""
+    resume: bool = False
+    """Go on where an earlier run in `output_dir` stopped."""
+
+    def __post_init__(self):
+        self.output_dir = Path(self.output_dir)
+        self.device = _device(self.device)
+        if self.eval_tokens is not None and self.eval_tokens < 2:
+            raise InputError(f"eval_tokens={self.eval_tokens} is too few; score at least 2 tokens")
+
+
+def run_experiment(args: ExperimentArguments) -> dict:
+    """Finetune, evaluate, report. Returns what results.json holds.
+
+    Raises:
+        InputError: bad input of any kind; nothing that an earlier run wrote is lost.
+        KeyboardInterrupt: after Ctrl-C, with a checkpoint written.
+    """
+    _claim(args)
+    tokenizer = load_tokenizer(args.model)
+    train = load_corpus(args.data, "train", tokenizer)
+    documents = evaluation_documents(load_corpus(args.data, args.eval_split, tokenizer), args.eval_tokens)
+    base = RecurGPT2LMHeadModel.from_gpt2(args.model, window=args.window, recurrence="none").to(args.device)
+    model = RecurGPT2LMHeadModel.from_gpt2(
+        args.model, window=args.window, recurrence=args.recurrence, **args.recurrence_options
+    )
+    args.training.precision = _precision(args, base)
+
+    training = {"recurrent": _finetune(args, model, train, tokenizer, "recurrent")}
+    evaluations = _evaluate_all(args, documents, tokenizer, base=base, recurrent=model.to(args.device))
+    if args.control:
+        training["disjoint"] = _finetune(args, base, train, tokenizer, "disjoint")
+        evaluations |= _evaluate_all(args, documents, tokenizer, finetuned=base.to(args.device))
+    results = _results(args, evaluations, training)
+    write_report(results, args.output_dir)
+    return results
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a model."""
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no tokenizer was found at {str(name_or_path)!r}; give a folder that holds tokenizer.json too, a "
+            f"hub id (with a network), or the bundled data/gpt2-mini"
+        ) from error
+
+
+def evaluation_documents(corpus: Corpus, tokens: int | None) -> list[np.ndarray]:
+    """Documents to score: whole, or the first tokens of each, as many from each and `tokens` in all."""
+    if tokens is None:
+        return list(corpus.documents())
+    if corpus.num_documents is None:
+        raise InputError("eval_tokens needs to know how many documents there are; leave it out for streamed data")
+    share = max(2, tokens // corpus.num_documents)
+    return [ids[:share] for ids in corpus.documents()]
+
+
+def _device(name):
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device='cuda' was asked for, but PyTorch sees no GPU; use --device cpu")
+    return name
+
+
+def _claim(args):
+    """Make the output folder ours, or refuse."""
+    settings = args.output_dir / "settings.json"
+    if args.resume and not settings.exists():
+        raise InputError(f"there is nothing to resume in {args.output_dir}; leave out --resume to start")
+    if settings.exists() and not args.resume:
+        raise InputError(
+            f"{args.output_dir} already holds a run; give --resume to go on with it, or another --output-dir"
+        )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(settings, json.dumps(_settings(args), indent=1) + "\n")
+
+
+def _settings(args):
+    settings = asdict(args) | {"output_dir": str(args.output_dir)}
+    return settings | {"command": shlex.join(["python", *sys.argv] if sys.argv[0].endswith(".py") else sys.argv)}
+
+
+def _precision(args, model):
+    dtype = autocast_dtype(model, args.training.precision)
+    return "float32" if dtype is None else "bfloat16"
+
+
+def _finetune(args, model, corpus, tokenizer, name):
+    folder = args.output_dir / name
+    settings = TrainingArguments(**asdict(args.training) | {"recurrent": name == "recurrent"})
+    trainer = Trainer(model, corpus, settings, folder, device=args.device)
+    history = trainer.run(resume=args.resume, description=f"finetuning, {name}")
+    model.save_pretrained(folder / "model", tokenizer=tokenizer)
+    return history
+
+
+def _evaluate_all(args, documents, tokenizer, **models) -> dict[str, Evaluation]:
+    """{row name: evaluation} for each model: apart, overlapping and, with recurrence, the controls."""
+    dtype = torch.bfloat16 if args.training.precision == "bfloat16" else None
+    plans = {}
+    for name, model in models.items():
+        if name == "recurrent":
+            plans["recurrent"] = model, "recurrent", None
+            plans["recurrent_overlap"] = model, "recurrent+overlap", None
+            if model.config.memory_slots:
+                plans |= {f"recurrent_{control}": (model, "recurrent", control) for control in CONTROLS}
+        else:
+            plans[f"{name}_disjoint"] = model, "disjoint", None
+            plans[f"{name}_overlap"] = model, "overlap", None
+    if len(documents) < 2:
+        plans.pop("recurrent_shuffled", None)
+    return {
+        row: evaluate(
+            model,
+            documents,
+            tokenizer,
+            protocol=protocol,
+            control=control,
+            lanes=args.training.lanes,
+            dtype=dtype,
+            progress=True,
+        )
+        for row, (model, protocol, control) in plans.items()
+    }
+
+
+ROW_ORDER = (
+    "base_disjoint",
+    "base_overlap",
+    "finetuned_disjoint",
+    "finetuned_overlap",
+    "recurrent",
+    "recurrent_overlap",
+    "recurrent_zeroed",
+    "recurrent_shuffled",
+)
+
+
+def _results(args, evaluations, training):
+    names = [name for name in ROW_ORDER if name in evaluations]
+    rows = [evaluations[name].row(name, protocol_of(name), args.window) for name in names]
+    covered = gap_covered(rows)
+    if covered is not None:
+        row = next(row for row in rows if row["name"] == "recurrent")
+        three = (evaluations[name] for name in ("finetuned_disjoint", "finetuned_overlap", "recurrent"))
+        row |= {"gap_covered": covered, "gap_covered_interval": list(gap_covered_interval(*three))}
+    positions = {name: [None if np.isnan(x) else float(x) for x in evaluations[name].by_position] for name in names}
+    versions = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
+    return {
+        "rows": rows,
+        "settings": _settings(args),
+        "versions": versions,
+        "loss_by_position": positions,
+        "training": training,
+    }
+
+
+def protocol_of(row: str) -> str:
+    """The protocol behind a row's name."""
+    if row == "recurrent_overlap":
+        return "recurrent+overlap"
+    return "recurrent" if row.startswith("recurrent") else row.split("_")[1]
+
+
+def evaluate_model(
+    name_or_path: str,
+    data: str,
+    *,
+    split: str = "test",
+    window: int | None = None,
+    protocols: list[str] | None = None,
+    eval_tokens: int | None = None,
+    lanes: int = 8,
+    precision: str = "auto",
+    device: str = "auto",
+) -> list[dict]:
+    """Score a split with one model, by each protocol and control named; rows as in results.json.
+
+    Raises:
+        InputError: bad input of any kind.
+    """
+    device = _device(device)
+    tokenizer = load_tokenizer(name_or_path)
+    model = load_any(name_or_path, window).to(device)
+    documents = evaluation_documents(load_corpus(data, split, tokenizer), eval_tokens)
+    recurrent = bool(model.config.memory_slots)
+    possible = (*PROTOCOLS, *CONTROLS) if recurrent else PROTOCOLS[:2]
+    unknown = [name for name in protocols or () if name not in possible]
+    if unknown:
+        raise InputError(f"protocol {unknown[0]!r} is not one of this model's; use {', '.join(possible)}")
+    dtype = autocast_dtype(model, precision)
+    rows = []
+    for name in protocols or possible:
+        protocol, control = ("recurrent", name) if name in CONTROLS else (name, None)
+        scored = evaluate(
+            model, documents, tokenizer, protocol=protocol, control=control, lanes=lanes, dtype=dtype, progress=True
+        )
+        rows.append(scored.row(name, protocol, model.config.window))
+    return rows
+
+
+def load_any(name_or_path: str, window: int | None = None) -> RecurGPT2LMHeadModel:
+    """One of our models as it is, or a GPT-2 without recurrence, read in windows of 256 unless said otherwise."""
+    config = load_config(name_or_path)
+    if config.model_type != RecurGPT2Config.model_type:
+        return RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence="none")
+    if window not in (None, config.window):
+        raise InputError(f"{name_or_path} was made for window={config.window}, not {window}; leave --window out")
+    return RecurGPT2LMHeadModel.from_pretrained(name_or_path).eval()

@@ -1,0 +1,295 @@
+"""Windowed finetuning: truncated backpropagation through time over lanes of windows.
+
+A step reads a segment of K windows in every lane, with the state that the segment before left, detached. Not for
+what a checkpoint holds (checkpoints.py), nor for scoring (evaluation.py).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from .checkpoints import Checkpoint, Checkpoints
+from .corpora import Corpus
+from .errors import InputError
+from .losses import summed_loss
+from .modeling import RecurGPT2LMHeadModel
+from .precision import autocast_dtype
+from .state import RecurState
+from .windows import LanePosition, Segment, TrainingLanes
+
+
+@dataclass
+class TrainingArguments:
+    """Settings of one finetuning. Those that change its result are kept in its checkpoints and checked on resuming."""
+
+    steps: int = 400
+    """Optimizer steps."""
+    lanes: int = 8
+    """Documents read side by side, in each process."""
+    bptt: int = 4
+    """K, windows per segment: how far gradients reach back."""
+    lr: float = 3e-4
+    """Peak learning rate of the pretrained parameters."""
+    recurrence_lr: float = 3e-3
+    """Peak learning rate of the recurrence's parameters."""
+    warmup: float = 0.05
+    """Share of the steps over which the rates rise; afterwards they fall linearly to zero."""
+    weight_decay: float = 0.01
+    """AdamW's decay of weight matrices."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    accumulate: int = 1
+    """Segments per optimizer step."""
+    recurrent: bool = True
+    """False reads every window apart: the disjoint control."""
+    parallel_windows: int | None = None
+    """P, windows of a lane computed at once; None: all K, or 1 with checkpointing."""
+    checkpointing: bool = False
+    """Recompute each block of windows in the backward pass: memory stays flat in K, for a third more time."""
+    precision: str = "auto"
+    """"float32", "bfloat16", or "auto": whichever a short trial finds faster."""
+    seed: int = 0
+    """Of the documents' order and of dropout."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+
+    def __post_init__(self):
+        for name in ("steps", "lanes", "bptt", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "recurrence_lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}={getattr(self, name)} must be positive")
+
+    @property
+    def block(self) -> int:
+        """Windows computed at once."""
+        return self.parallel_windows or (1 if self.checkpointing else self.bptt)
+
+
+class SegmentLoss(nn.Module):
+    """The summed loss of a segment, and the state after it: what one backward pass runs through."""
+
+    def __init__(self, model: RecurGPT2LMHeadModel, args: TrainingArguments):
+        super().__init__()
+        self.model, self.args = model, args
+
+    def forward(self, segment: Segment, state: RecurState | None) -> tuple[Tensor, RecurState]:
+        total = 0.0
+        starts = segment.starts if self.args.recurrent else torch.ones_like(segment.starts)
+        for first in range(0, starts.shape[1], self.args.block):
+            part = slice(first, first + self.args.block)
+            inputs = segment.input_ids[:, part], segment.targets[:, part], starts[:, part], state
+            if self.args.checkpointing:
+                loss, state = checkpoint(self._block, *inputs, use_reentrant=False)
+            else:
+                loss, state = self._block(*inputs)
+            total = total + loss
+        return total, state
+
+    def _block(self, input_ids, targets, starts, state):
+        """A pure function of tokens, state and parameters, so that it can be computed again."""
+        hidden, state = self.model.transformer.read(input_ids, starts, state)
+        return summed_loss(hidden, self.model.lm_head.weight, targets), state
+
+
+class Trainer:
+    """Finetunes a model in place, with checkpoints, logs and exact resumption."""
+
+    def __init__(
+        self,
+        model: RecurGPT2LMHeadModel,
+        corpus: Corpus,
+        args: TrainingArguments,
+        folder: Path,
+        *,
+        device: str = "auto",
+    ):
+        """`folder` holds checkpoints and logs. `device`: "auto", "cpu" or "cuda"."""
+        self.args, self.folder, self.corpus = args, Path(folder), corpus
+        self.model = model
+        self.accelerator = Accelerator(cpu=device == "cpu", gradient_accumulation_steps=args.accumulate)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self._settings())
+        self.history: list[dict] = []
+        self._stop = False
+
+    def run(self, *, resume: bool = False, description: str = "finetuning") -> list[dict]:
+        """Train for `args.steps`, from the last checkpoint with `resume`.
+
+        Returns:
+            One {"step", "tokens", "loss" (nats per token), "tokens_per_second"} a step.
+
+        Raises:
+            InputError: the folder's checkpoints are of other settings, training diverged, or the disk is full.
+            KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+        """
+        torch.manual_seed(self.args.seed)
+        loss = SegmentLoss(self.model, self.args)
+        optimizer = make_optimizer(self.model, self.args)
+        saved = self.checkpoints.load(self.model, optimizer, self.accelerator.device) if resume else None
+        dtype = self._dtype(saved)
+        loss, optimizer = self.accelerator.prepare(loss, optimizer)
+        self.model.train()
+        step, tokens, state, lanes = self._start(saved)
+        writer = SummaryWriter(self.folder / "logs", purge_step=step) if self.accelerator.is_main_process else None
+        bar = tqdm(total=self.args.steps, initial=step, desc=description, unit="step", dynamic_ncols=True)
+        with self._interruptible(), bar:
+            while step < self.args.steps and not self._stop:
+                began = time.perf_counter()
+                set_rates(optimizer, self.args, step)
+                nats, count, state = self._step(loss, optimizer, lanes, state, dtype)
+                step, tokens = step + 1, tokens + count
+                row = {"step": step, "tokens": tokens, "loss": nats / count}
+                row["tokens_per_second"] = count / (time.perf_counter() - began)
+                self.history.append(row)
+                self._log(writer, bar, row)
+                if step % self.args.save_every == 0 or step == self.args.steps or self._stop:
+                    self._save(step, tokens, optimizer, state, lanes, dtype)
+        if writer is not None:
+            writer.close()
+        self.model.eval()
+        if self._stop and step < self.args.steps:
+            raise KeyboardInterrupt(f"stopped after step {step}; --resume goes on from there")
+        return self.history
+
+    def _step(self, loss, optimizer, lanes, state, dtype):
+        nats = count = 0
+        device = self.accelerator.device
+        for _ in range(self.args.accumulate):
+            segment = lanes.segment(self.args.bptt)
+            state = None if state is None else state.detach()
+            with self.accelerator.accumulate(loss), torch.autocast(device.type, dtype, enabled=dtype is not None):
+                total, state = loss(segment.to(device), state)
+                self.accelerator.backward(total / max(1, segment.scored))
+                norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.clip)
+                nats, count = nats + total.item(), count + segment.scored
+                self._check(nats, norm, optimizer)
+                optimizer.step()
+                optimizer.zero_grad()
+        return nats, count, state
+
+    def _check(self, nats, norm, optimizer):
+        """Refuse to take a step that would spoil the weights."""
+        if not math.isfinite(nats) or (norm is not None and not math.isfinite(float(norm))):
+            kept = self.checkpoints.latest()
+            at = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
+            raise InputError(
+                f"training diverged at step {len(self.history) + 1} (the loss or its gradient is not finite); {at}; "
+                f"lower --lr (it was {self.args.lr:g})"
+            )
+
+    def _settings(self):
+        settings = asdict(self.args)
+        for free in ("save_every", "checkpointing", "parallel_windows", "precision"):
+            settings.pop(free)
+        config = {key: value for key, value in self.model.config.to_dict().items() if key in MODEL_SETTINGS}
+        return settings | config | {"data": self.corpus.fingerprint, "processes": self.accelerator.num_processes}
+
+    def _dtype(self, saved):
+        """What to compute in; a resumed run goes on in the type that it began with."""
+        if saved is not None:
+            return torch.bfloat16 if saved.precision == "bfloat16" else None
+        return autocast_dtype(self.model.to(self.accelerator.device), self.args.precision)
+
+    def _start(self, saved: Checkpoint | None):
+        position = None if saved is None else LanePosition(**saved.position)
+        lanes = TrainingLanes(
+            self.corpus,
+            lanes=self.args.lanes,
+            window=self.model.config.window,
+            seed=self.args.seed,
+            position=position,
+            share=(self.accelerator.process_index, self.accelerator.num_processes),
+        )
+        if saved is None:
+            return 0, 0, None, lanes
+        self.history = saved.history
+        return saved.step, saved.tokens, saved.state, lanes
+
+    def _save(self, step, tokens, optimizer, state, lanes, dtype):
+        if self.accelerator.is_main_process:
+            precision = "float32" if dtype is None else "bfloat16"
+            position = asdict(lanes.position())
+            self.checkpoints.save(
+                self.model, optimizer, Checkpoint(step, tokens, precision, position, self.history, state.detach())
+            )
+
+    def _log(self, writer, bar, row):
+        bar.update()
+        bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_second']:,.0f}")
+        if writer is not None:
+            for name in ("loss", "tokens_per_second"):
+                writer.add_scalar(name, row[name], row["step"])
+
+    @contextmanager
+    def _interruptible(self):
+        """Ctrl-C and termination wait for the step under way; a second Ctrl-C does not."""
+
+        def stop(number, frame):
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        try:
+            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread, where signals cannot be set
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+MODEL_SETTINGS = {
+    "window",
+    "insert_layers",
+    "pool_layers",
+    "sink_slots",
+    "last_slots",
+    "pooled_slots",
+    "recurrence_width",
+    "position_offset",
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "vocab_size",
+}
+
+
+def make_optimizer(model: RecurGPT2LMHeadModel, args: TrainingArguments) -> torch.optim.AdamW:
+    """AdamW; the recurrence, which is new, learns at a rate of its own. Only pretrained matrices decay."""
+    groups = {"decayed": [], "plain": [], "recurrence": []}
+    for name, parameter in model.named_parameters():
+        kind = "recurrence" if ".recurrence." in name else "decayed" if parameter.ndim >= 2 else "plain"
+        groups[kind].append(parameter)
+    rates = {"decayed": args.lr, "plain": args.lr, "recurrence": args.recurrence_lr}
+    return torch.optim.AdamW(
+        [
+            {"params": groups[kind], "lr": rate, "peak": rate, "weight_decay": args.weight_decay * (kind == "decayed")}
+            for kind, rate in rates.items()
+            if groups[kind]
+        ],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, args: TrainingArguments, step: int) -> None:
+    """Linear warm-up, then linear decay to zero; a function of the step alone."""
+    warmup = max(1, round(args.warmup * args.steps))
+    factor = min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor

@@ -1,0 +1,16 @@
+"""The main job: finetune a GPT-2 on PG-19 with recurrence and without, and compare them.
+
+python run_pg19.py --window 256
+python run_pg19.py --window 256 --model gpt2 --data pg19 --steps 20000 --eval-tokens 0    # at the paper's scale
+"""
+
+import argparse
+import sys
+
+from recur_gpt2.cli import add_experiment_arguments, guarded, run_finetune
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_experiment_arguments(parser, data="pg19-sample")
+    args = parser.parse_args()
+    sys.exit(guarded(lambda: run_finetune(args, name="pg19")))
