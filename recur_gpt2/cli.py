@@ -35,6 +35,9 @@ def guarded(run: Callable[[], None]) -> int:
     """Run a command; returns its exit status."""
     tune_allocator()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading weights; ours stay
     try:
         run()
     except InputError as error:

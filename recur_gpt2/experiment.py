@@ -23,7 +23,7 @@ from .corpora import Corpus, load_corpus
 from .errors import InputError
 from .evaluation import CONTROLS, PROTOCOLS, Evaluation, evaluate, gap_covered_interval
 from .files import atomic_write_text
-from .initialization import load_config
+from .initialization import load_config, refusing_damage
 from .modeling import RecurGPT2LMHeadModel
 from .precision import autocast_dtype
 from .report import gap_covered, write_report
@@ -245,8 +245,9 @@ def evaluate_model(
     tokenizer = load_tokenizer(name_or_path)
     model = load_any(name_or_path, window).to(device)
     documents = evaluation_documents(load_corpus(data, split, tokenizer), eval_tokens)
-    recurrent = bool(model.config.memory_slots)
-    possible = (*PROTOCOLS, *CONTROLS) if recurrent else PROTOCOLS[:2]
+    possible = (*PROTOCOLS, *CONTROLS) if model.config.memory_slots else PROTOCOLS[:2]
+    if len(documents) < 2:
+        possible = tuple(name for name in possible if name != "shuffled")
     unknown = [name for name in protocols or () if name not in possible]
     if unknown:
         raise InputError(f"protocol {unknown[0]!r} is not one of this model's; use {', '.join(possible)}")
@@ -268,4 +269,5 @@ def load_any(name_or_path: str, window: int | None = None) -> RecurGPT2LMHeadMod
         return RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence="none")
     if window not in (None, config.window):
         raise InputError(f"{name_or_path} was made for window={config.window}, not {window}; leave --window out")
-    return RecurGPT2LMHeadModel.from_pretrained(name_or_path).eval()
+    with refusing_damage(name_or_path):
+        return RecurGPT2LMHeadModel.from_pretrained(name_or_path).eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,12 +48,17 @@ def load_gpt2(name_or_path: str) -> GPT2LMHeadModel:
         raise InputError(f"{name_or_path} already has windows; load it with from_pretrained instead of from_gpt2")
     if config.model_type != "gpt2":
         raise InputError(f"{name_or_path} is a {config.model_type} model; give a GPT-2 checkpoint")
-    try:
+    with refusing_damage(name_or_path):
         return GPT2LMHeadModel.from_pretrained(name_or_path, dtype=torch.float32)
+
+
+@contextmanager
+def refusing_damage(name_or_path: str) -> Iterator[None]:
+    """Turns what transformers raises for missing or damaged weights into an InputError."""
+    try:
+        yield
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise InputError(
-            f"the weights of {name_or_path} cannot be read ({error}); copy the checkpoint again"
-        ) from error
+        raise InputError(f"the weights of {name_or_path} cannot be read ({error}); copy them again") from error
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ of the step alone). The result, `--work-dir/model`, is a Hugging Face folder in 
 """
 
 import argparse
+import csv
+import hashlib
 import json
 import math
 import os
@@ -31,6 +33,7 @@ from recur_gpt2.allocator import tune_allocator
 
 END = "<|endoftext|>"
 POSITIONS = 1024
+SETTINGS = ("tokens", "batch", "lr", "decay", "seed")  # named in the card
 HELD_OUT = ["pg19-sample/train", "pg19-sample/validation", "pg19-sample/test"]
 HELD_OUT += ["wikitext-103-sample/validation", "wikitext-103-sample/test"]
 
@@ -39,6 +42,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--books", type=Path, required=True, help="folder of .txt files, searched recursively")
+    add("--books-csv", type=Path, help="one row a book (file, title, author, gutenberg_id), for the list in the card")
     add("--data", type=Path, default=Path("data"), help="folder of the bundled samples, which are held out")
     add("--work-dir", type=Path, required=True, help="tokens, checkpoints, log and result")
     add("--tokens", type=float, default=40e6, help="tokens to train on in all")
@@ -65,7 +69,9 @@ def main():
     validation_texts = held_out_texts(args.data / "pg19-sample" / "validation.parquet")
     validation = tokenise(args.work_dir / "validation.npy", tokenizer, validation_texts)
     bytes_per_token = sum(len(text.encode()) for text in map(read, validation_texts)) / len(validation)
-    pretrain(args, tokenizer, train, validation, bytes_per_token)
+    model, log = pretrain(args, tokenizer, train, validation, bytes_per_token)
+    write_book_list(args, books)
+    write_card(args, model, log, len(train), validation, bytes_per_token)
 
 
 # ---- text --------------------------------------------------------------------------------------------------------
@@ -173,6 +179,7 @@ def pretrain(args, tokenizer, train, validation, bytes_per_token):
             tqdm.write(json.dumps(log[-1]))
             save_checkpoint(args, model, optimizers, step + 1, elapsed, log)
             save_model(args, model, tokenizer, log)
+    return model, log
 
 
 def gpt2_config(args, tokenizer):
@@ -297,6 +304,62 @@ def save_model(args, model, tokenizer, log):
     half.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(args.work_dir / "log.json", log)
+
+
+def write_book_list(args, books):
+    """training_books.csv beside the model: what it was trained on, for the check against held-out books."""
+    described = {}
+    if args.books_csv:
+        described = {row["file"]: row for row in csv.DictReader(args.books_csv.open(encoding="utf-8"))}
+    fields = ["file", "title", "author", "gutenberg_id", "sha256"]
+    with (args.work_dir / "model" / "training_books.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for path in books:
+            name = path.relative_to(args.books).as_posix()
+            row = described.get(name, {"title": path.stem})
+            writer.writerow({**row, "file": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+
+
+def write_card(args, model, log, train_tokens, validation, bytes_per_token):
+    """README.md beside the model: settings, curve, and the loss by window length."""
+    lengths = {length: evaluate(model, validation, args.device, length) for length in (64, 128, 256, 512, 1024)}
+    per_byte = math.log(2) * bytes_per_token
+    config, last = model.config, log[-1]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    lines = [
+        "# gpt2-mini",
+        "",
+        f"A GPT-2 of {parameters / 1e6:.1f}M parameters ({config.n_layer} layers, width {config.n_embd}, "
+        f"{config.n_head} heads, {config.n_positions:,} positions, {config.vocab_size:,} byte-level BPE entries),",
+        f"pretrained on the {train_tokens / 1e6:.1f}M tokens of the books in training_books.csv. It exists so that",
+        "recur_gpt2 runs without a model hub; it is no model to write with. No book of the bundled samples is among",
+        "its training books (`scripts/overlap.py`, `tests/test_data.py`).",
+        "",
+        "Made by `scripts/pretrain_base.py`: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
+        f"{last['tokens'] / 1e6:.1f}M tokens in {last['seconds'] / 60:.0f} minutes on {args.device}.",
+        "",
+        "## Held-out loss",
+        "",
+        "On 64 stretches of 1,024 tokens, spread evenly over the nine validation books of `data/pg19-sample` (Chaucer",
+        "and a volume of The Golden Bough are among them), read in windows of",
+        "",
+        "| window | nats per token | bits per byte |",
+        "|---|---|---|",
+        *(f"| {length:,} | {nats:.4f} | {nats / per_byte:.4f} |" for length, nats in lengths.items()),
+        "",
+        "## Curve",
+        "",
+        "| step | tokens | training nats | validation nats | validation bits per byte |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['step']:,} | {row['tokens'] / 1e6:.1f}M | {row['train_nats']:.4f} | {row['validation_nats']:.4f} "
+            f"| {row['validation_bits_per_byte']:.4f} |"
+            for row in log
+        ),
+    ]
+    (args.work_dir / "model" / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+"""The command line: what it prints, its exit statuses, and one clear sentence for each kind of bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recur_gpt2.cli import main
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "data" / "gpt2-mini"
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "my", "dog", "that", "came", "by", "today"]
+
+
+def text(count, start=0):
+    return " ".join(WORDS[(start + 3 * n * n + n) % len(WORDS)] for n in range(count))
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """No test may wait for a network, or fill the user's cache."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """A folder of six short documents."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(text(60 + 20 * number, number), encoding="utf-8")
+    return folder
+
+
+def finetune(documents, output, *options):
+    small = ["--window", "16", "--steps", "2", "--lanes", "2", "--bptt", "2", "--eval-tokens", "0", "--device", "cpu"]
+    small += ["--last-slots", "8", "--precision", "float32"]
+    return main(["finetune", "--data", str(documents), "--output-dir", str(output), *small, *options])
+
+
+def refused(status, capsys):
+    """The one sentence of a refusal."""
+    err = capsys.readouterr().err.strip()
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2, err
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_finetune_writes_everything_and_prints_the_table(documents, tmp_path, capsys):
+    assert finetune(documents, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    names = [row["name"] for row in results["rows"]]
+    expected = ["base_disjoint", "base_overlap", "finetuned_disjoint", "finetuned_overlap", "recurrent"]
+    assert names[:5] == expected
+    assert {"recurrent_overlap", "recurrent_zeroed"} <= set(names)
+    assert all(name in printed for name in names)
+    needed = {"name", "protocol", "window", "tokens", "token_ppl", "word_ppl", "bits_per_byte", "flops_per_token"}
+    assert all(needed | {"peak_memory_bytes", "tokens_per_second"} <= row.keys() for row in results["rows"])
+    assert len({row["tokens"] for row in results["rows"]}) == 1
+    for name in (
+        "report.md",
+        "protocols.png",
+        "loss_by_position.png",
+        "training.png",
+        "recurrent/model/tokenizer.json",
+    ):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_evaluate_scores_a_saved_recurrent_model(documents, tmp_path, capsys):
+    assert finetune(documents, tmp_path / "out", "--no-control") == 0
+    model = tmp_path / "out" / "recurrent" / "model"
+    report = tmp_path / "rows.json"
+    status = main(
+        ["evaluate", "--model", str(model), "--data", str(documents), "--json", str(report), "--precision", "float32"]
+    )
+    assert status == 0
+    rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
+    assert rows.keys() >= {"disjoint", "overlap", "recurrent", "recurrent+overlap", "zeroed"}
+    trained = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    recurrent = next(row for row in trained if row["name"] == "recurrent")
+    assert rows["recurrent"]["nats"] == pytest.approx(recurrent["nats"], abs=1e-5)
+    assert rows["zeroed"]["nats"] == pytest.approx(rows["disjoint"]["nats"], abs=1e-6)
+
+
+def test_a_finished_run_is_not_overwritten(documents, tmp_path, capsys):
+    assert finetune(documents, tmp_path / "out", "--no-control") == 0
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    message = refused(finetune(documents, tmp_path / "out", "--no-control"), capsys)
+    assert "--resume" in message
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_resuming_a_finished_run_gives_the_same_rows(documents, tmp_path):
+    assert finetune(documents, tmp_path / "out") == 0
+    before = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert finetune(documents, tmp_path / "out", "--resume") == 0
+    after = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["nats"] for row in after["rows"]] == [row["nats"] for row in before["rows"]]
+    assert after["training"] == before["training"]
+
+
+def test_resuming_another_configuration_is_refused(documents, tmp_path, capsys):
+    assert finetune(documents, tmp_path / "out", "--no-control") == 0
+    message = refused(finetune(documents, tmp_path / "out", "--no-control", "--resume", "--lr", "0.1"), capsys)
+    assert "lr" in message
+    assert "0.1" in message
+
+
+def test_nothing_to_resume_is_refused(documents, tmp_path, capsys):
+    assert "nothing to resume" in refused(finetune(documents, tmp_path / "out", "--resume"), capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--window", "2048"], ["2048", "1024", "--window"]),
+        (["--window", "1"], ["window=1", "at least 2"]),
+        (["--lanes", "50"], ["lanes=50", "--lanes"]),
+        (["--steps", "0"], ["steps=0"]),
+        (["--bptt", "0"], ["bptt=0"]),
+        (["--lr", "-1"], ["lr=-1"]),
+        (["--recurrence", "lstm"], ["lstm", "yoshida2020"]),
+        (["--insert-layers", "9"], ["insert_layers", "9"]),
+        (["--last-slots", "99"], ["last_slots=99", "window=16"]),
+        (["--device", "cuda"], ["cuda", "--device cpu"]),
+        (["--model", "no/such-gpt2"], ["no/such-gpt2", "data/gpt2-mini"]),
+        (["--eval-tokens", "1"], ["eval_tokens=1"]),
+    ],
+    ids=lambda value: "".join(value[:2]) if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_bad_values_are_refused_in_one_sentence(options, words, documents, tmp_path, capsys):
+    import torch
+
+    if options == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    message = refused(finetune(documents, tmp_path / "out", *options), capsys)
+    assert all(word in message for word in words), message
+
+
+def test_an_unknown_dataset_names_what_is_bundled(tmp_path, capsys):
+    message = refused(finetune("no-such-data", tmp_path / "out"), capsys)
+    assert all(word in message for word in ("no-such-data", "pg19-sample", "wikitext-103-sample")), message
+
+
+def test_a_hub_dataset_without_network_is_refused(tmp_path, capsys):
+    message = refused(finetune("pg19", tmp_path / "out"), capsys)
+    assert all(word in message for word in ("emozilla/pg19", "pg19-sample")), message
+
+
+def write_bad(tmp_path, kind):
+    """A file of bad text, and a word that the refusal must hold."""
+    path = tmp_path / {"columns": "bad.parquet", "jsonl": "bad.jsonl"}.get(kind, "bad.txt")
+    if kind == "empty":
+        path.write_text("")
+    elif kind == "whitespace":
+        path.write_text(" \n\t ")
+    elif kind == "one token":
+        path.write_text("the")
+    elif kind == "not utf-8":
+        path.write_bytes(b"good text " + b"\xff\xfe" + b" more")
+    elif kind == "columns":
+        pq.write_table(pa.table({"body": ["some text"]}), path)
+    elif kind == "jsonl":
+        path.write_text('{"text": "fine"}\n{"text": \n')
+    return path
+
+
+@pytest.mark.parametrize("kind", ["empty", "whitespace", "one token", "not utf-8", "columns", "jsonl"])
+def test_bad_documents_are_refused_by_name(kind, tmp_path, capsys):
+    path = write_bad(tmp_path, kind)
+    assert path.name in refused(finetune(path, tmp_path / "out"), capsys)
+
+
+def copy_model(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    return folder
+
+
+def test_truncated_weights_are_refused(documents, tmp_path, capsys):
+    folder = copy_model(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    message = refused(finetune(documents, tmp_path / "out", "--model", str(folder)), capsys)
+    assert "cannot be read" in message
+    assert str(folder) in message
+
+
+def test_a_truncated_recurrent_model_is_refused(documents, tmp_path, capsys):
+    assert finetune(documents, tmp_path / "out", "--no-control") == 0
+    folder = tmp_path / "out" / "recurrent" / "model"
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    capsys.readouterr()
+    message = refused(main(["evaluate", "--model", str(folder), "--data", str(documents)]), capsys)
+    assert str(folder) in message
+
+
+def test_another_architecture_is_refused(documents, tmp_path, capsys):
+    folder = copy_model(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
+    message = refused(finetune(documents, tmp_path / "out", "--model", str(folder)), capsys)
+    assert "bert" in message
+    assert "GPT-2" in message
+
+
+def test_a_model_without_tokenizer_is_refused(documents, tmp_path, capsys):
+    folder = copy_model(tmp_path)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert "tokenizer" in refused(finetune(documents, tmp_path / "out", "--model", str(folder)), capsys)
+
+
+def test_refused_input_leaves_the_folder_of_another_run_alone(documents, tmp_path, capsys):
+    assert finetune(documents, tmp_path / "out", "--no-control") == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    refused(finetune(documents, tmp_path / "out", "--no-control", "--resume", "--window", "8"), capsys)
+    kept = {path: path.read_bytes() for path in files if path.name != "settings.json"}
+    assert all(files[path] == content for path, content in kept.items())
+
+
+def test_the_main_job_explains_its_flags():
+    shown = subprocess.run([sys.executable, ROOT / "run_pg19.py", "--help"], capture_output=True, text=True, check=True)
+    flags = "--window --model --data --recurrence --bptt --steps --lanes --lr --eval-tokens --seed --device --resume"
+    assert all(flag in shown.stdout for flag in [*flags.split(), "--output-dir", "--no-control"])
