@@ -79,6 +79,7 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> N
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one")
     add("--resume", action="store_true", help="go on where an earlier run in --output-dir stopped")
     add("--output-dir", type=Path, help="default: runs/NAME-wWINDOW")
+    add("--rows", nargs="+", help="rows to score (default: all)")
     add("--no-control", action="store_true", help="leave out finetuning without recurrence")
     for slots in ("sink", "last", "pooled"):
         add(f"--{slots}-slots", type=int, help=f"{slots} slots of memory a layer (default: the preset's)")
@@ -107,6 +108,7 @@ def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
             eval_split=args.eval_split,
             eval_tokens=args.eval_tokens or None,
             control=not args.no_control,
+            rows=args.rows,
             device=args.device,
             resume=args.resume,
         )
@@ -157,3 +159,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print(format_table(rows))
     if args.json:
         atomic_write_text(args.json, json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

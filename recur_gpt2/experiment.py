@@ -29,6 +29,16 @@ from .precision import autocast_dtype
 from .report import gap_covered, write_report
 from .training import Trainer, TrainingArguments
 
+ROW_ORDER = (
+    "base_disjoint",
+    "base_overlap",
+    "finetuned_disjoint",
+    "finetuned_overlap",
+    "recurrent",
+    "recurrent_overlap",
+    "recurrent_zeroed",
+    "recurrent_shuffled",
+)
 PACKAGES = ("recur-gpt2", "torch", "transformers", "datasets", "accelerate", "tokenizers")
 
 
@@ -56,6 +66,8 @@ class ExperimentArguments:
     """Tokens to score: the same number from the start of each document. None: everything."""
     control: bool = True
     """Finetune and score the disjoint control too."""
+    rows: list[str] | None = None
+    """Rows to score, of ROW_ORDER; None: all."""
     device: str = "auto"
     """"auto", "cpu" or "cuda"."""
     resume: bool = False
@@ -64,6 +76,9 @@ class ExperimentArguments:
     def __post_init__(self):
         self.output_dir = Path(self.output_dir)
         self.device = _device(self.device)
+        unknown = [row for row in self.rows or () if row not in ROW_ORDER]
+        if unknown:
+            raise InputError(f"row {unknown[0]!r} is not known; use some of {', '.join(ROW_ORDER)}")
         if self.eval_tokens is not None and self.eval_tokens < 2:
             raise InputError(f"eval_tokens={self.eval_tokens} is too few; score at least 2 tokens")
 
@@ -171,6 +186,7 @@ def _evaluate_all(args, documents, tokenizer, **models) -> dict[str, Evaluation]
             plans[f"{name}_overlap"] = model, "overlap", None
     if len(documents) < 2:
         plans.pop("recurrent_shuffled", None)
+    plans = {row: plan for row, plan in plans.items() if args.rows is None or row in args.rows}
     return {
         row: evaluate(
             model,
@@ -184,18 +200,6 @@ def _evaluate_all(args, documents, tokenizer, **models) -> dict[str, Evaluation]
         )
         for row, (model, protocol, control) in plans.items()
     }
-
-
-ROW_ORDER = (
-    "base_disjoint",
-    "base_overlap",
-    "finetuned_disjoint",
-    "finetuned_overlap",
-    "recurrent",
-    "recurrent_overlap",
-    "recurrent_zeroed",
-    "recurrent_shuffled",
-)
 
 
 def _results(args, evaluations, training):
@@ -213,6 +217,8 @@ def _results(args, evaluations, training):
         "settings": _settings(args),
         "versions": versions,
         "loss_by_position": positions,
+        "loss_by_document": {name: [float(losses.sum()) for losses in evaluations[name].losses] for name in names},
+        "tokens_by_document": [len(losses) for losses in evaluations[names[0]].losses],
         "training": training,
     }
 

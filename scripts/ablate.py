@@ -1,0 +1,128 @@
+"""The ablation behind the `default` recurrence: one finetuning for each configuration and window, on validation books.
+
+    python scripts/ablate.py --output runs/ablation                 # runs what is not there yet, then prints the tables
+    python scripts/ablate.py --output runs/ablation --windows 128 --only last32 last16
+
+Every configuration reads the same training windows in the same order for the same steps. `none` is the disjoint
+control; its overlapping reading is the goal. The measure is the part of the way from disjoint to overlap that the
+recurrent reading covers, with a bootstrap interval over the books. Each run is kept in --output, so that the script can
+be stopped and started again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from recur_gpt2.evaluation import resample
+
+# Flags of `recur-gpt2 finetune` beside the window.
+CONFIGURATIONS = {
+    "none": "--recurrence none",
+    "yoshida2020": "--recurrence yoshida2020",
+    "yoshida2020, 8 slots": "--recurrence yoshida2020 --pooled-slots 8",
+    "last 32": "--sink-slots 1 --last-slots 32 --pooled-slots 0",
+    "last 16": "--sink-slots 1 --last-slots 16 --pooled-slots 0",
+    "last 8": "--sink-slots 1 --last-slots 8 --pooled-slots 0",
+    "last 1": "--sink-slots 1 --last-slots 1 --pooled-slots 0",
+    "last 32, no sink": "--sink-slots 0 --last-slots 32 --pooled-slots 0",
+    "last 32, layer 3 only": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --insert-layers 3",
+    "last 32, layers 2-5": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --insert-layers 2 3 4 5",
+    "pooled 8": "--sink-slots 1 --last-slots 0 --pooled-slots 8",
+    "last 28, pooled 4": "--sink-slots 1 --last-slots 28 --pooled-slots 4",
+    "last 16, pooled 8": "--sink-slots 1 --last-slots 16 --pooled-slots 8",
+    "last 32, bptt 1": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --bptt 1",
+    "last 32, bptt 2": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --bptt 2",
+    "last 32, bptt 8": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --bptt 8",
+    "last 32, lr 1e-4": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --lr 1e-4",
+    "last 32, lr 1e-3": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --lr 1e-3",
+    "last 32, recurrence lr 3e-4": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --recurrence-lr 3e-4",
+    "last 32, recurrence lr 1e-2": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --recurrence-lr 1e-2",
+}
+TOKENS_PER_STEP = 8192
+MOST_LANES = 16  # the sample has 21 training books
+ROWS = ["recurrent", "recurrent_overlap", "recurrent_shuffled", "recurrent_zeroed"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--windows", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--only", nargs="+", choices=list(CONFIGURATIONS), help="configurations (default: all)")
+    parser.add_argument("--steps", type=int, default=120, help="of 8,192 tokens")
+    parser.add_argument("--eval-tokens", type=int, default=147456, help="of the validation books")
+    parser.add_argument("--table", action="store_true", help="print the tables of what is there, and run nothing")
+    args = parser.parse_args()
+    for window in args.windows:
+        for name in args.only or CONFIGURATIONS:
+            folder = run_folder(args, window, name)
+            if not args.table and not (folder / "results.json").exists():
+                run(args, window, name, folder)
+        print(table(args, window), flush=True)
+
+
+def run_folder(args, window, name):
+    return args.output / f"w{window}" / name.replace(" ", "-").replace(",", "")
+
+
+def run(args, window, name, folder):
+    flags = CONFIGURATIONS[name].split()
+    bptt = int(flags[flags.index("--bptt") + 1]) if "--bptt" in flags else 4
+    segments = TOKENS_PER_STEP // window // bptt
+    lanes = min(segments, MOST_LANES)
+    command = [sys.executable, "-m", "recur_gpt2.cli", "finetune", "--window", str(window), "--output-dir", str(folder)]
+    command += ["--lanes", str(lanes), "--accumulate", str(segments // lanes)]
+    command += ["--steps", str(args.steps), "--eval-split", "validation", "--eval-tokens", str(args.eval_tokens)]
+    command += ["--no-control", "--rows", *ROWS, *flags]
+    if (folder / "settings.json").exists():
+        command.append("--resume")
+    print("+", *command, flush=True)
+    subprocess.run(command, check=True)
+
+
+def table(args, window):
+    """A Markdown table of every configuration that has run at this window."""
+    found = {}
+    for name in CONFIGURATIONS:
+        path = run_folder(args, window, name) / "results.json"
+        if path.exists():
+            found[name] = json.loads(path.read_text())
+    lines = [
+        f"Window {window}",
+        "",
+        "| configuration | nats | of the way | 95% interval | MFLOPs | shuffled | zeroed |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, results in found.items():
+        lines.append(line(name, results, found.get("none")))
+    return "\n".join(lines) + "\n"
+
+
+def line(name, results, control):
+    rows = {row["name"]: row for row in results["rows"]}
+    covered = share_covered(results, control) if control and name != "none" else None
+    cells = [name, f"{rows['recurrent']['nats']:.4f}"]
+    cells += [f"{covered[0]:.0%}", f"{covered[1]:.0%} to {covered[2]:.0%}"] if covered else ["", ""]
+    cells.append(f"{rows['recurrent']['flops_per_token'] / 1e6:.2f}")
+    for control_row in ("recurrent_shuffled", "recurrent_zeroed"):
+        cells.append(f"{rows[control_row]['nats']:.4f}" if control_row in rows else "")
+    if name == "none":
+        cells[0] = f"none (overlapping: {rows['recurrent_overlap']['nats']:.4f})"
+    return "| " + " | ".join(cells) + " |"
+
+
+def share_covered(results, control):
+    """(value, low, high) of (disjoint - recurrent) / (disjoint - overlap), resampling books."""
+    disjoint, overlap = (np.array(control["loss_by_document"][row]) for row in ("recurrent", "recurrent_overlap"))
+    recurrent = np.array(results["loss_by_document"]["recurrent"])
+    draws = resample(len(recurrent))
+    shares = (disjoint - recurrent)[draws].sum(axis=1) / (disjoint - overlap)[draws].sum(axis=1)
+    value = (disjoint - recurrent).sum() / (disjoint - overlap).sum()
+    return float(value), *map(float, np.quantile(shares, [0.025, 0.975]))
+
+
+if __name__ == "__main__":
+    main()
