@@ -62,28 +62,32 @@ def refusing_damage(name_or_path: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def imitate_positions(model: RecurGPT2Model) -> None:
-    """Let sinks and last positions look to GPT-2 as if they stood right in front of the window.
+def fit_slots(model: RecurGPT2Model) -> None:
+    """Start the memory's slots where the model reads them well, or leaves them alone, before any training.
 
-    A last-position slot holds keys and values made at the end of a full window, and they say so: through the position
-    embedding, and through how much context they saw. The remedy is measured on the model itself, without data:
-    likely tokens are read as a full window, and the last of them once more at the positions in front of a window; the
-    difference of the mean keys and values, layer by layer, is the slots' initial shift. A sink starts as the mean key
-    and value of the first position. docs/ablation.md has what this gains.
+    Last positions and sinks are to look as if they stood right in front of the window. A last-position slot holds keys
+    and values made at the end of a full window, and they say so: through the position embedding, and through how much
+    context they saw. The remedy is measured on the model itself, without data: likely tokens are read as a full
+    window, and the last of them once more at the positions in front of a window; the difference of the mean keys and
+    values, layer by layer, is the slots' initial shift. A sink starts as the mean key and value of the first
+    position, and a pooled slot as an average token in front of the window. docs/ablation.md has what this gains.
     """
     config = model.config
-    if not config.last_slots or not config.position_offset:
+    if config.pool_layers or not model.recurrence:
         return
-    last, end = config.last_slots, config.position_offset + config.window
+    last, offset, end = config.last_slots, config.position_offset, config.position_offset + config.window
     tokens = _likely_tokens(model, (SAMPLES, end))
-    in_front = torch.arange(config.position_offset - last, config.position_offset).clamp_min(0)
     at_end = _mean_keys_and_values(model, tokens, torch.arange(end))
-    again = torch.cat((tokens[:, :1], tokens[:, -last:]), dim=1)
+    in_front = torch.arange(offset - last, offset).clamp_min(0)
+    again = torch.cat((tokens[:, :1], tokens[:, end - last :]), dim=1)
     at_front = _mean_keys_and_values(model, again, torch.cat((torch.zeros(1, dtype=torch.int64), in_front)))
     for name, recurrence in model.recurrence.items():
         front, back = at_front[int(name)], at_end[int(name)]
-        recurrence.shift[..., config.pooled_slots :, :] = front[..., 1:, :] - back[..., -last:, :]
         recurrence.sink[:] = front[..., :1, :]
+        if last and offset:
+            recurrence.shift[..., config.pooled_slots :, :] = front[..., 1:, :] - back[..., end - last :, :]
+            pooled = front[..., 1:, :].mean(dim=-2) - back[..., offset:, :].mean(dim=-2)
+            recurrence.shift[..., : config.pooled_slots, :] = pooled[..., None, :]
 
 
 def _likely_tokens(model, shape):

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from .configuration import RecurGPT2Config
 from .errors import InputError
-from .initialization import imitate_positions, load_gpt2
+from .initialization import fit_slots, load_gpt2
 from .layers import RecurGPT2Block
 from .losses import IGNORE, summed_loss
 from .padding import Packing
@@ -100,7 +100,7 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
         alien = [name for name in missing if "recurrence." not in name] + unexpected
         if alien:
             raise InputError(f"{name_or_path} does not hold a whole GPT-2; these weights do not fit: {alien[:5]}")
-        imitate_positions(getattr(model.eval(), "transformer", model))
+        fit_slots(getattr(model.eval(), "transformer", model))
         return model
 
     def save_pretrained(self, save_directory, *args, tokenizer=None, **kwargs):
@@ -153,6 +153,8 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         if input_ids.ndim != 2 or not input_ids.numel():
             raise InputError(f"input_ids of shape {tuple(input_ids.shape)} hold no tokens; give (batch, tokens)")
         packing = Packing(input_ids, attention_mask)
+        if not bool(packing.lengths.any()):
+            raise InputError("attention_mask is 0 everywhere; give at least one token")
         state = self._checked_state(state, len(input_ids))
         pieces = []
         done = torch.zeros(len(input_ids), dtype=torch.int64)
