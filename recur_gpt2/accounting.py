@@ -25,8 +25,8 @@ def flops_per_token(config: RecurGPT2Config, *, memory: bool = True, training: b
     """FLOPs for one token of a full window, LM head included.
 
     Args:
-        memory: whether the window reads and writes memory; False for the first window of a document, or for
-            windows read apart.
+        memory: whether the window reads memory; False for the first window of a document, or for windows read
+            apart. What pooled slots cost to write is counted in any case: every window writes them.
         training: forward and backward (three times the forward) rather than forward alone. Recomputation under
             checkpointing would add one more.
     """
@@ -34,21 +34,25 @@ def flops_per_token(config: RecurGPT2Config, *, memory: bool = True, training: b
     inner = config.n_inner or 4 * width
     layer = 2 * width * (4 * width + 2 * inner) + 4 * width * window
     forward = config.n_layer * layer + 2 * width * config.vocab_size
-    if memory:
-        forward += _recurrence_flops(config) / window
+    recurrence = _writing_flops(config) + (_reading_flops(config) if memory else 0)
+    forward += len(config.insert_layers) * recurrence / window
     return forward * (3 if training else 1)
 
 
-def _recurrence_flops(config):
-    """FLOPs of one window for its memory: attending to it, and making the next one."""
+def _reading_flops(config):
+    """FLOPs of one window in one insertion layer for the memory that it reads."""
     width, window, slots = config.n_embd, config.window, config.memory_slots
-    attending = len(config.insert_layers) * 4 * width * window * slots
-    if config.pool_layers:
-        hidden = config.recurrence_width
-        net = 2 * (width * hidden + hidden * hidden + hidden * slots * width)
-        return attending + net + len(config.insert_layers) * 2 * width * 2 * width * slots
-    pooling = config.pooled_slots * width * (6 * window + 2)
-    return attending + len(config.insert_layers) * pooling
+    attending = 4 * width * window * slots
+    if not config.pool_layers:
+        return attending
+    hidden = config.recurrence_width
+    net = 2 * (width * hidden + hidden * hidden + hidden * slots * width)  # run by every insertion layer
+    return attending + net + 2 * width * 2 * width * slots
+
+
+def _writing_flops(config):
+    """FLOPs of one window in one insertion layer for the memory that it leaves. A mean or a slice costs none."""
+    return 0 if config.pool_layers else config.pooled_slots * config.n_embd * (6 * config.window + 2)
 
 
 @dataclass

@@ -13,23 +13,30 @@ import sys
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 MADV_HUGEPAGE = 14  # sys/mman.h
 HUGE_PAGE = 2 * 2**20
+_tuned = False
 
 
 def tune_allocator() -> None:
     """Tune this process, as early as possible. Does nothing where the C library is not glibc."""
     if not _is_glibc():
         return
+    global _tuned
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never: the largest number, 2 GB, would cut off the room below
     libc.mallopt(M_TOP_PAD, 64 * 2**20)
     _put_heap_on_huge_pages(libc)
+    _tuned = True
 
 
 def release_memory() -> None:
     """Give freed memory back to the system, so that a measurement starts from what is in use."""
-    if _is_glibc():
-        ctypes.CDLL(None).malloc_trim(0)
+    if not _is_glibc():
+        return
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    if _tuned:  # the trim took the heap's room with it
+        _put_heap_on_huge_pages(libc)
 
 
 def _is_glibc():

@@ -58,7 +58,8 @@ class Checkpoints:
         target = self.folder / f"step-{checkpoint.step:08d}"
         unfinished = self.folder / f"{target.name}.unfinished"
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for rest in self.folder.glob("*.unfinished"):  # of a run that was killed while it wrote
+                shutil.rmtree(rest)
             unfinished.mkdir(parents=True)
             self._write(unfinished, model, optimizer, checkpoint)
             if target.exists():
@@ -86,22 +87,23 @@ class Checkpoints:
             return None
         try:
             meta = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            self._check(meta["settings"])
             weights = load_file(folder / "model.safetensors", device=str(device))
             tensors = load_file(folder / "optimizer.safetensors")
             random = load_file(folder / "random.safetensors")
-        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+            state = RecurState.load(folder / "state.safetensors", device)
+            settings, checkpoint = meta["settings"], Checkpoint(**meta["run"], state=state)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"checkpoint {folder} is damaged ({error}); delete it to go on from the one before"
             ) from error
+        self._check(settings)
         model.to(device)
         model.load_state_dict(weights, strict=False)
         _restore_optimizer(optimizer, tensors)
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
-        state = RecurState.load(folder / "state.safetensors", device)
-        return Checkpoint(**meta["run"], state=state)
+        return checkpoint
 
     def _whole(self):
         return sorted(folder for folder in self.folder.glob("step-*") if folder.suffix != ".unfinished")

@@ -40,7 +40,8 @@ class Evaluation:
     Attributes:
         losses: nats per token, one array (n - 1,) a document, in the given order.
         words, bytes: (documents,) whitespace-separated words and UTF-8 bytes of each text.
-        by_position: (T,) mean nats by place in the window; NaN where the protocol scores nothing.
+        by_position: (T,) mean nats by place in the window; NaN where nothing is scored, and in the first half of
+            windows that overlap, where only the first window of a document is.
         tokens_read: tokens that went through the model, for all those scored.
         flops_per_token: forward FLOPs per scored token.
         seconds, peak_memory_bytes: as measured.
@@ -143,6 +144,8 @@ def evaluate(
         if protocol.endswith("overlap"):
             later = reader.read([tokens[window // 2 :] for tokens in documents if _overlaps(tokens, window)], recurrent)
             losses, places = _merge(losses, later, documents, window)
+            # A document's first window is the only one scored in its first half: too few tokens to show by place.
+            places = [np.where(place < window // 2, window, place) for place in places]
     texts = [tokenizer.decode(tokens) for tokens in documents]
     scored = sum(map(len, losses))
     return Evaluation(
@@ -199,6 +202,7 @@ class _Reader:
         """
         if len(documents) < 2:
             raise InputError("a shuffled state needs at least 2 documents; give more, or leave this control out")
+        self.lanes = max(2, self.lanes)  # a single lane would be its own neighbour
         lanes = min(self.lanes, len(documents))
         true = RecurState.empty(lanes)
 
@@ -226,16 +230,18 @@ class _Reader:
         lanes = Lanes((documents[n] for n in order), lanes=min(self.lanes, len(order)), window=length)
         losses = [np.empty(len(tokens) - 1, np.float32) for tokens in documents]
         bar = tqdm(total=sum(map(len, losses)), unit="tok", unit_scale=True, disable=not self.progress, leave=False)
-        while (segment := lanes.segment(windows)) is not None:
-            segment = segment.to(self.device)
-            hidden = step(segment)
-            head = self.model.lm_head.weight if self.dtype is None else self.model.lm_head.weight.to(self.dtype)
-            nats = token_losses(hidden.to(head.dtype), head, segment.targets).cpu().numpy()
-            self._collect(losses, order, segment, nats)
-            self.tokens += segment.scored
-            bar.update(segment.scored)
-        bar.close()
-        self.model.train(was_training)
+        try:
+            while (segment := lanes.segment(windows)) is not None:
+                segment = segment.to(self.device)
+                hidden = step(segment)
+                head = self.model.lm_head.weight if self.dtype is None else self.model.lm_head.weight.to(self.dtype)
+                nats = token_losses(hidden.to(head.dtype), head, segment.targets).cpu().numpy()
+                self._collect(losses, order, segment, nats)
+                self.tokens += segment.scored
+                bar.update(segment.scored)
+        finally:
+            bar.close()
+            self.model.train(was_training)
         return losses
 
     def _collect(self, losses, order, segment, nats):
@@ -268,10 +274,11 @@ def _merge(losses, later, documents, window):
 
 
 def _mean_by_position(losses, places, window):
-    sums, counts = np.zeros(window), np.zeros(window)
+    sums, counts = np.zeros(window + 1), np.zeros(window + 1)  # the last one: not to be shown
     for loss, place in zip(losses, places, strict=True):
-        sums += np.bincount(place, loss, window)
-        counts += np.bincount(place, minlength=window)
+        sums += np.bincount(place, loss, window + 1)
+        counts += np.bincount(place, minlength=window + 1)
+    sums, counts = sums[:window], counts[:window]
     return np.divide(sums, counts, out=np.full(window, np.nan), where=counts > 0)
 
 

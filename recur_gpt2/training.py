@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
@@ -69,6 +69,8 @@ class TrainingArguments:
         for name in ("steps", "lanes", "bptt", "accumulate", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.parallel_windows is not None and self.parallel_windows < 1:
+            raise InputError(f"parallel_windows={self.parallel_windows} must be at least 1")
         for name in ("lr", "recurrence_lr", "clip"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name)} must be positive")
@@ -120,7 +122,11 @@ class Trainer:
         """`folder` holds checkpoints and logs. `device`: "auto", "cpu" or "cuda"."""
         self.args, self.folder, self.corpus = args, Path(folder), corpus
         self.model = model
-        self.accelerator = Accelerator(cpu=device == "cpu", gradient_accumulation_steps=args.accumulate)
+        # A segment may read no memory, or a preset leave out a kind of slot: not every parameter has a gradient.
+        parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(
+            cpu=device == "cpu", gradient_accumulation_steps=args.accumulate, kwargs_handlers=[parallel]
+        )
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self._settings())
         self.history: list[dict] = []
         self._stop = False
@@ -132,9 +138,19 @@ class Trainer:
             One {"step", "tokens", "loss" (nats per token), "tokens_per_second"} a step.
 
         Raises:
-            InputError: the folder's checkpoints are of other settings, training diverged, or the disk is full.
+            InputError: the folder's checkpoints are of other settings, or of an earlier run that is not to be resumed;
+                training diverged; or the disk is full.
             KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
         """
+        if not resume and self.checkpoints.latest() is not None:
+            raise InputError(
+                f"{self.folder} already holds a run's checkpoints; resume that run or give another --output-dir"
+            )
+        if resume and self.accelerator.num_processes > 1:
+            raise InputError(
+                f"a run of {self.accelerator.num_processes} processes cannot be resumed, as its checkpoints hold the "
+                f"first one's state alone; start it again, or train in one process"
+            )
         torch.manual_seed(self.args.seed)
         loss = SegmentLoss(self.model, self.args)
         optimizer = make_optimizer(self.model, self.args)
@@ -143,10 +159,12 @@ class Trainer:
         loss, optimizer = self.accelerator.prepare(loss, optimizer)
         self.model.train()
         step, tokens, state, lanes = self._start(saved)
-        writer = SummaryWriter(self.folder / "logs", purge_step=step) if self.accelerator.is_main_process else None
+        # From purge_step on, TensorBoard forgets what a killed run logged after its last checkpoint.
+        writer = SummaryWriter(self.folder / "logs", purge_step=step + 1) if self.accelerator.is_main_process else None
         bar = tqdm(total=self.args.steps, initial=step, desc=description, unit="step", dynamic_ncols=True)
+        stopping = False  # looked up once a step: a signal in between is one for the next step
         with self._interruptible(), bar:
-            while step < self.args.steps and not self._stop:
+            while step < self.args.steps and not stopping:
                 began = time.perf_counter()
                 set_rates(optimizer, self.args, step)
                 nats, count, state = self._step(loss, optimizer, lanes, state, dtype)
@@ -155,12 +173,13 @@ class Trainer:
                 row["tokens_per_second"] = count / (time.perf_counter() - began)
                 self.history.append(row)
                 self._log(writer, bar, row)
-                if step % self.args.save_every == 0 or step == self.args.steps or self._stop:
+                stopping = self._stop
+                if step % self.args.save_every == 0 or step == self.args.steps or stopping:
                     self._save(step, tokens, optimizer, state, lanes, dtype)
         if writer is not None:
             writer.close()
         self.model.eval()
-        if self._stop and step < self.args.steps:
+        if self._stop:
             raise KeyboardInterrupt(f"stopped after step {step}; --resume goes on from there")
         return self.history
 
@@ -173,7 +192,9 @@ class Trainer:
             with self.accelerator.accumulate(loss), torch.autocast(device.type, dtype, enabled=dtype is not None):
                 total, state = loss(segment.to(device), state)
                 self.accelerator.backward(total / max(1, segment.scored))
-                norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.clip)
+                norm = None
+                if self.accelerator.sync_gradients:  # the gradient of all segments together, not of each on the way
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.clip)
                 nats, count = nats + total.item(), count + segment.scored
                 self._check(nats, norm, optimizer)
                 optimizer.step()
@@ -265,7 +286,13 @@ MODEL_SETTINGS = {
     "n_layer",
     "n_embd",
     "n_head",
+    "n_inner",
+    "n_positions",
     "vocab_size",
+    "activation_function",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
 }
 
 

@@ -141,14 +141,13 @@ class TrainingLanes(Lanes):
         from the i-th on, as process i of n.
 
         Raises:
-            InputError: more lanes than documents.
+            InputError: more lanes than documents, or no documents at all.
         """
         index, processes = share
         if corpus.num_documents is not None and lanes * processes > corpus.num_documents:
-            raise InputError(
-                f"lanes={lanes} exceeds the {corpus.num_documents // processes} training documents of a process; "
-                f"use --lanes {corpus.num_documents // processes} or less"
-            )
+            fit = corpus.num_documents // processes
+            way_out = f"use --lanes {fit} or less" if fit else "give more documents"
+            raise InputError(f"lanes={lanes} exceeds the {fit} training documents of a process; {way_out}")
         first = 0 if position is None else min([*(n for n in position.document if n >= 0), position.taken])
         order = islice(_endless(corpus, seed, first * processes), index, None, processes)
         super().__init__(order, lanes=lanes, window=window)
@@ -169,7 +168,10 @@ def _endless(corpus, seed, skip) -> Iterator[np.ndarray]:
             found = True
             yield tokens
         if not found:  # a stream, whose length is not known before its end: the place lies in a later epoch
-            skip -= sum(1 for _ in corpus.documents(seed=seed, epoch=epoch))
+            length = sum(1 for _ in corpus.documents(seed=seed, epoch=epoch))
+            if not length:
+                raise InputError("there are no documents to train on; give at least one of two tokens or more")
+            skip -= length
         else:
             skip = 0
         epoch += 1

@@ -1,0 +1,162 @@
+"""What the tests of windows, training, checkpoints, precision, evaluation and accounting share: small models, documents
+and references. Run as a program, it is a small finetuning run in a process of its own, to be killed.
+
+    python helpers_training.py FOLDER kill      killed by SIGKILL with a checkpoint half written
+    python helpers_training.py FOLDER wait      stands still in a step until SIGINT or SIGTERM reaches it
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from recur_gpt2 import RecurGPT2Config, RecurGPT2LMHeadModel
+from recur_gpt2.corpora import Corpus
+from recur_gpt2.training import Trainer, TrainingArguments
+
+WINDOW, VOCABULARY = 8, 97
+SHAPE = {
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 4,
+    "vocab_size": VOCABULARY,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+RECURRENCES = {
+    "last": {"recurrence": "default", "last_slots": 3},
+    "pooled": {"recurrence": "default", "last_slots": 2, "pooled_slots": 2, "insert_layers": [1]},
+    "yoshida2020": {"recurrence": "yoshida2020", "recurrence_width": 16, "insert_layers": [0]},
+}
+
+
+class SmallCorpus(Corpus):
+    """Documents in memory; with `streamed`, one that does not know how many it has."""
+
+    def __init__(self, documents, *, streamed=False, fingerprint="small"):
+        self.contents = [np.asarray(tokens, np.int64) for tokens in documents]
+        self.num_documents = None if streamed else len(self.contents)
+        self.fingerprint = fingerprint
+
+    def documents(self, seed=None, epoch=0, skip=0):
+        order = np.arange(len(self.contents))
+        if seed is not None:
+            np.random.default_rng((seed, epoch)).shuffle(order)
+        for index in order[skip:]:
+            yield self.contents[index]
+
+
+class WordTokenizer:
+    """Every id is a word of its own, two bytes or more, behind a space."""
+
+    def decode(self, tokens):
+        return "".join(f" w{'é' * (int(token) % 3)}{int(token)}" for token in tokens)
+
+
+def tiny_model(kind="last", *, seed=0, dropout=0.0, memory_std=0.5, **options):
+    """A random model whose logits differ from token to token, and to which its memory matters."""
+    torch.manual_seed(seed)
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    fields = SHAPE | {"window": WINDOW, "initializer_range": 0.2} | rates | RECURRENCES[kind] | options
+    model = RecurGPT2LMHeadModel(RecurGPT2Config(**fields))
+    with torch.no_grad():
+        for parameter in model.transformer.recurrence.parameters():
+            parameter.add_(torch.randn_like(parameter) * memory_std)
+    return model.eval()
+
+
+def gpt2_of(model):
+    """transformers' own model with the same weights."""
+    fields = {key: value for key, value in model.config.to_dict().items() if key in SHAPE or key.endswith("_pdrop")}
+    reference = GPT2LMHeadModel(GPT2Config(**fields)).to(next(model.parameters()).dtype)
+    missing, _ = reference.load_state_dict(
+        {name: weight for name, weight in model.state_dict().items() if "recurrence" not in name}, strict=False
+    )
+    assert not missing
+    return reference.eval()
+
+
+def random_documents(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, VOCABULARY, length) for length in lengths]
+
+
+def repetitive_documents(count=6, length=50):
+    """Documents that count round in circles: easy to learn."""
+    return [(np.arange(length) * 3 + start) % 12 + 1 for start in range(count)]
+
+
+def small_run(model, folder, *, corpus=None, **args):
+    """A trainer with small settings."""
+    corpus = corpus or SmallCorpus(random_documents((50, 9, 23, 70, 41, 30)))
+    settings = {"steps": 6, "lanes": 3, "bptt": 2, "save_every": 2, "precision": "float32"} | args
+    return Trainer(model, corpus, TrainingArguments(**settings), Path(folder), device="cpu")
+
+
+def losses_of(history):
+    return [row["loss"] for row in history]
+
+
+def weights_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_weights(model, other):
+    """To the last bit."""
+    left, right = weights_of(model), weights_of(other)
+    differing = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not differing
+
+
+def dropout_run(folder):
+    """The run that the processes below make: dropout and accumulation, so that every kind of state counts."""
+    return small_run(tiny_model(dropout=0.1), folder, accumulate=2, steps=6, save_every=2)
+
+
+# ---- as a program ----------------------------------------------------------------------------------------------------
+
+
+def die_in_checkpoint(*, step, file):
+    """Write half of a checkpoint's file, then be killed."""
+    from recur_gpt2 import checkpoints
+
+    save_file = checkpoints.save_file
+
+    def save_half(tensors, path, **options):
+        save_file(tensors, path, **options)
+        if f"step-{step:08d}" in str(path) and Path(path).name == file:
+            os.truncate(path, Path(path).stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints.save_file = save_half
+
+
+def wait_in_step(trainer, *, step):
+    """Stand still in a step, after saying so, until a signal has been noticed."""
+    whole_step = trainer._step
+
+    def slow_step(*args):
+        result = whole_step(*args)
+        if len(trainer.history) + 1 == step:
+            print("waiting", flush=True)
+            patience = time.monotonic() + 60
+            while not trainer._stop and time.monotonic() < patience:
+                time.sleep(0.01)
+        return result
+
+    trainer._step = slow_step
+
+
+if __name__ == "__main__":
+    trainer = dropout_run(sys.argv[1])
+    if sys.argv[2] == "kill":
+        die_in_checkpoint(step=4, file="optimizer.safetensors")
+    else:
+        wait_in_step(trainer, step=3)
+    trainer.run()
