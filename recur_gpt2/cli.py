@@ -61,7 +61,7 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> N
     add("--bptt", type=int, default=4, help="K, windows that gradients reach back over (default: 4)")
     add("--steps", type=int, default=120, help="optimizer steps (default: 120)")
     add("--lanes", type=int, default=8, help="documents read side by side (default: 8)")
-    add("--lr", type=float, default=3e-4, help="peak learning rate of the pretrained weights (default: 3e-4)")
+    add("--lr", type=float, default=3e-5, help="peak learning rate of the pretrained weights (default: 3e-5)")
     add("--recurrence-lr", type=float, default=3e-3, help="peak learning rate of the recurrence (default: 3e-3)")
     add("--accumulate", type=int, default=1, help="segments per optimizer step (default: 1)")
     add("--checkpointing", action="store_true", help="recompute windows in the backward pass: least memory")

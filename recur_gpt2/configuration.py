@@ -58,7 +58,7 @@ class RecurGPT2Config(GPT2Config):
         self._check_window()
         for field, value in PRESETS[self.recurrence].items():
             if getattr(self, field) is None:
-                setattr(self, field, value)
+                setattr(self, field, min(value, self.window))
         if self.pool_layers is None:
             self.pool_layers = [self.n_layer - 1] if self.recurrence == "yoshida2020" else []
         if self.insert_layers is None:
@@ -106,8 +106,15 @@ class RecurGPT2Config(GPT2Config):
             )
         if self.pool_layers and not self.insert_layers:
             raise InputError(f"pool_layers={self.pool_layers} needs at least one layer in insert_layers")
+        if self.pool_layers and not self.pooled_slots:
+            raise InputError(f"pool_layers={self.pool_layers} writes into pooled_slots=0; use 1 or more")
+        if self.recurrence_width < 1:
+            raise InputError(f"recurrence_width={self.recurrence_width} must be at least 1")
         if not 0 <= self.position_offset <= self.n_positions - self.window:
             raise InputError(
                 f"position_offset={self.position_offset} must be from 0 to n_positions - window = "
                 f"{self.n_positions - self.window}"
             )
+
+
+OWN_FIELDS = [name for name in RecurGPT2Config.__annotations__ if name != "model_type"]

@@ -49,7 +49,11 @@ def load_gpt2(name_or_path: str) -> GPT2LMHeadModel:
     if config.model_type != "gpt2":
         raise InputError(f"{name_or_path} is a {config.model_type} model; give a GPT-2 checkpoint")
     with refusing_damage(name_or_path):
-        return GPT2LMHeadModel.from_pretrained(name_or_path, dtype=torch.float32)
+        base, found = GPT2LMHeadModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
+    if found["missing_keys"]:  # transformers only warns, and makes these weights up
+        lacking = sorted(found["missing_keys"])[:5]
+        raise InputError(f"{name_or_path} does not hold a whole GPT-2; it lacks {lacking}; copy it again")
+    return base
 
 
 @contextmanager

@@ -33,12 +33,14 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The sum of `token_losses`, differentiable in `hidden` and `weight`. -> () float32
+    """The sum of `token_losses`, differentiable in `hidden` and `weight`. -> () float32 (float64 for inputs in it)
 
-    Under autocast the products run in the autocast type; the softmax and the sums are always in float32.
+    Under autocast the products run in the autocast type; the softmax and the sums are never in 16 bit.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if not torch.is_grad_enabled():  # apply does not ask, and would make gradients that nobody wants
+        hidden, weight = hidden.detach(), weight.detach()
     return _SummedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), dtype)
 
 
@@ -55,8 +57,9 @@ class _SummedLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         low, head = hidden.to(dtype), weight.to(dtype)
         grad_hidden = torch.empty_like(low) if wanted else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if wanted else None
-        total = hidden.new_zeros((), dtype=grad_weight.dtype if wanted else torch.float32)
+        wide = torch.promote_types(dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted else None
+        total = hidden.new_zeros((), dtype=wide)
         for rows in _chunks(len(low), len(head)):
             scored = targets[rows] != IGNORE
             target = targets[rows].clamp_min(0)[:, None]

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration import RecurGPT2Config
+from .configuration import OWN_FIELDS, RecurGPT2Config
 from .errors import InputError
 from .initialization import fit_slots, load_gpt2
 from .layers import RecurGPT2Block
@@ -90,6 +90,11 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
         Raises:
             InputError: the checkpoint is missing, damaged or of another architecture, or a field is out of range.
         """
+        unknown = [name for name in options if name not in cls.config_class.__dataclass_fields__]
+        if unknown:
+            raise InputError(
+                f"{unknown[0]!r} is no field of RecurGPT2Config; it has {', '.join(OWN_FIELDS)} and GPT-2's"
+            )
         base = load_gpt2(name_or_path)
         fields = base.config.to_dict() | options
         fields |= {"window": window, "recurrence": recurrence, "architectures": [cls.__name__]}

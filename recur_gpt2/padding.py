@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .errors import InputError
+
 Piece = tuple[Tensor, Tensor, Tensor, list[Tensor]]
 
 
@@ -19,6 +21,10 @@ class Packing:
     def __init__(self, ids: Tensor, attention_mask: Tensor | None):
         """`attention_mask`: (B, N), 0 for padding; None for none."""
         rows, places = ids.shape
+        if attention_mask is not None and attention_mask.shape != ids.shape:
+            raise InputError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; give that of input_ids, {tuple(ids.shape)}"
+            )
         self.lengths = torch.full((rows,), places, dtype=torch.int64)
         self._order = None
         if attention_mask is not None and not bool((attention_mask != 0).all()):
@@ -48,7 +54,7 @@ class Packing:
             One (B, N, D) a layer, zero at padding.
         """
         pieces = list(pieces)
-        if self._whole(pieces):
+        if self._order is None and self._whole(pieces):
             packed = [torch.cat(parts, dim=1) for parts in zip(*(tensors for *_, tensors in pieces), strict=True)]
         else:
             packed = [self._scatter(pieces, layer) for layer in range(len(pieces[0][3]))]

@@ -48,12 +48,15 @@ class FreshWindows:
         return window_attention(*flat, memory, has_memory.flatten(), **options).view(query.shape)
 
     def next_state(self, memory: dict[str, Tensor], window: dict[str, Tensor]) -> RecurState:
-        return RecurState(self.state.windows + self.completed, self.filled, memory, window)
+        windows = self.state.windows
+        for number, continues in enumerate(self.has_memory.unbind(dim=1)):
+            windows = torch.where(continues, windows, 0) + (number < self.completed).long()
+        return RecurState(windows, self.filled, memory, window)
 
     def after_completed(self, each: Tensor, before: Tensor | None) -> Tensor:
         """(B, W, ...) raw memory after each window -> (B, ...) after each row's last full window."""
         if bool((self.completed == each.shape[1]).all()):
-            return each[:, -1]
+            return each[:, -1].clone()  # a view would keep the memory of all the windows
         if before is None:
             before = torch.zeros_like(each[:, 0])
         return _pick(torch.cat((before[:, None], each), dim=1), self.completed)

@@ -113,7 +113,7 @@ class PooledMemory(nn.Module):
     def read(self, raw: Tensor) -> Tensor:
         """(..., len(pool_layers), D) mean hidden states of the window before -> embeddings (..., M, D)."""
         mixed = (raw * self.mix.softmax(dim=0)[:, None]).sum(dim=-2)
-        return rearrange(self.net(mixed), "... (m d) -> ... m d", m=self.slots)
+        return rearrange(self.net(mixed.to(self.mix.dtype)), "... (m d) -> ... m d", m=self.slots)
 
 
 def make_recurrence(config: RecurGPT2Config) -> nn.ModuleDict:

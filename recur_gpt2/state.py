@@ -29,8 +29,8 @@ class RecurState:
         memory: what the last full window left. Without `pool_layers`: {"<layer>": (B, 2, H, pooled + last slots,
             D / H)}, keys and values. With them: {"pooled": (B, len(pool_layers), D)}, mean hidden states.
         window: what is needed inside the window that is not full yet: {"<layer>": (B, 2, H, F, D / H)}, its keys
-            and values, zero beyond a row's `filled`; with `pool_layers` also {"pooled": (B, len(pool_layers), D)},
-            the sums of its hidden states.
+            and values, zero beyond a row's `filled`, F the largest of them; with `pool_layers` also
+            {"pooled": (B, len(pool_layers), D)}, the sums of its hidden states.
     """
 
     windows: Tensor
@@ -42,7 +42,7 @@ class RecurState:
     def empty(cls, batch_size: int) -> RecurState:
         """The state before a document's first token, for `batch_size` rows."""
         zeros = torch.zeros(batch_size, dtype=torch.int64)
-        return cls(windows=zeros, filled=zeros)
+        return cls(windows=zeros, filled=zeros.clone())
 
     @property
     def batch_size(self) -> int:
@@ -66,7 +66,7 @@ class RecurState:
         rows = torch.as_tensor(rows)
         picked = self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
         rows = rows.cpu()
-        return replace(picked, windows=self.windows[rows], filled=self.filled[rows])
+        return replace(picked, windows=self.windows[rows], filled=self.filled[rows])._trimmed()
 
     reorder = select
 
@@ -79,7 +79,7 @@ class RecurState:
             {key: _replace_rows(old.get(key), rows, new.get(key), self.batch_size) for key in old | new}
             for old, new in groups
         )
-        return RecurState(windows, filled, memory, window)
+        return RecurState(windows, filled, memory, window)._trimmed()
 
     def save(self, path: str | Path) -> None:
         """Write the state as one safetensors file."""
@@ -105,6 +105,14 @@ class RecurState:
             if key:
                 groups[group][key] = tensor
         return cls(windows=tensors["windows"].cpu(), filled=tensors["filled"].cpu(), **groups)
+
+    def _trimmed(self) -> RecurState:
+        """Unfinished windows no longer than the longest row's, and none at all where no row has any."""
+        longest = max(self.filled.tolist(), default=0)
+        if not longest:
+            return replace(self, window={})
+        window = self.window.items()
+        return replace(self, window={k: v if k == "pooled" else v[..., :longest, :] for k, v in window})
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> RecurState:
         return replace(

@@ -34,13 +34,13 @@ from .windows import LanePosition, Segment, TrainingLanes
 class TrainingArguments:
     """Settings of one finetuning. Those that change its result are kept in its checkpoints and checked on resuming."""
 
-    steps: int = 400
+    steps: int = 120
     """Optimizer steps."""
     lanes: int = 8
     """Documents read side by side, in each process."""
     bptt: int = 4
     """K, windows per segment: how far gradients reach back."""
-    lr: float = 3e-4
+    lr: float = 3e-5
     """Peak learning rate of the pretrained parameters."""
     recurrence_lr: float = 3e-3
     """Peak learning rate of the recurrence's parameters."""

@@ -37,8 +37,8 @@ CONFIGURATIONS = {
     "last 32, bptt 1": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --bptt 1",
     "last 32, bptt 2": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --bptt 2",
     "last 32, bptt 8": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --bptt 8",
+    "last 32, lr 1e-5": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --lr 1e-5",
     "last 32, lr 1e-4": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --lr 1e-4",
-    "last 32, lr 1e-3": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --lr 1e-3",
     "last 32, recurrence lr 3e-4": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --recurrence-lr 3e-4",
     "last 32, recurrence lr 1e-2": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --recurrence-lr 1e-2",
 }

@@ -1,0 +1,84 @@
+"""Tiny models that the tests share, with no parameter at zero or one by accident."""
+
+from functools import cache
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from recur_gpt2 import RecurGPT2LMHeadModel
+
+WINDOW = 8
+GPT2_OPTIONS = {
+    "n_layer": 4,
+    "n_embd": 32,
+    "n_head": 4,
+    "vocab_size": 97,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+}
+# Both presets, and what else a configuration can say about memory.
+FORMS = {
+    "default": {"recurrence": "default", "last_slots": 3},
+    "sinks only": {"recurrence": "default", "sink_slots": 2, "last_slots": 0},
+    "gated": {"recurrence": "default", "sink_slots": 0, "last_slots": 0, "pooled_slots": 2},
+    "all slots, some layers": {"last_slots": 2, "pooled_slots": 2, "sink_slots": 2, "insert_layers": [1, 3]},
+    "whole window": {"last_slots": WINDOW},
+    "yoshida2020": {"recurrence": "yoshida2020"},
+    "pooled above": {"recurrence": "yoshida2020", "pooled_slots": 3, "insert_layers": [0, 2], "pool_layers": [1, 3]},
+    "pooled below": {"recurrence": "yoshida2020", "pooled_slots": 2, "insert_layers": [2, 3], "pool_layers": [0, 1]},
+    "pooled there": {"recurrence": "yoshida2020", "insert_layers": [1], "pool_layers": [1]},
+    "none": {"recurrence": "none"},
+}
+WITH_MEMORY = [name for name in FORMS if name != "none"]
+
+
+def perturb(module, std=0.3, seed=0):
+    """Add noise to every parameter, in place. -> the module"""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += std * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return module
+
+
+def random_ids(*shape, seed=0):
+    return torch.randint(GPT2_OPTIONS["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_gpt2(seed=0, **options):
+    """A GPT-2 of random weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    return perturb(GPT2LMHeadModel(GPT2Config(**GPT2_OPTIONS | options)), std=0.15, seed=seed).eval()
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory):
+    """A random GPT-2 as transformers saves it."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    random_gpt2().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2(gpt2_folder):
+    """transformers' own model of that folder, in float64."""
+    return GPT2LMHeadModel.from_pretrained(gpt2_folder).double().eval()
+
+
+@pytest.fixture(scope="session")
+def make_model(gpt2_folder):
+    """form, other options -> that GPT-2 with windows and a random recurrence, in float64. Not to be changed: shared."""
+
+    @cache
+    def make(form="default", dtype=torch.float64, **options):
+        torch.manual_seed(0)
+        model = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, **{"window": WINDOW} | FORMS[form] | options)
+        perturb(model.transformer.recurrence)
+        return model.to(dtype).eval()
+
+    return make

@@ -1,0 +1,97 @@
+"""What the model computes, written the slow and obvious way: one document, one window, one query at a time."""
+
+import torch
+from transformers.activations import ACT2FN
+
+
+def attend(query, key, value, first_place, slots, scale):
+    """Query i stands at place `first_place + i` and sees the slots in front and the keys up to its own place.
+
+    (H, n, d), (H, slots + F, d), (H, slots + F, d) -> (H, n, d)
+    """
+    out = torch.zeros_like(query)
+    for i in range(query.shape[1]):
+        end = slots + first_place + i + 1
+        for head in range(query.shape[0]):
+            weights = (key[head, :end] @ query[head, i] * scale).softmax(dim=0)
+            out[head, i] = weights @ value[head, :end]
+    return out
+
+
+def write_layer_memory(recurrence, key, value, old):
+    """One window's (H, T, d) keys and values -> raw memory (2, H, slots, d); old: that before it, or None."""
+    rows = []
+    for head in range(key.shape[0]):
+        k, v = key[head], value[head]
+        slots = []
+        for slot in range(recurrence.pooled_slots):
+            weights = (k @ recurrence.pool_query[head, slot]).softmax(dim=0)
+            fresh = torch.stack((weights @ k, weights @ v))
+            gate = torch.sigmoid(fresh[0] @ recurrence.gate_weight[head, slot] + recurrence.gate_bias[head, slot])
+            slots.append(fresh if old is None else gate * old[:, head, slot] + (1 - gate) * fresh)
+        slots += [torch.stack((k[place], v[place])) for place in range(len(k) - recurrence.last_slots, len(k))]
+        rows.append(torch.stack(slots, dim=1) if slots else key.new_zeros(2, 0, key.shape[2]))
+    return torch.stack(rows, dim=1)
+
+
+def read_layer_memory(recurrence, raw):
+    """Raw memory (2, H, slots, d) -> keys and values (H, M, d)."""
+    return torch.cat((recurrence.sink, raw + recurrence.shift), dim=2).unbind(0)
+
+
+def read_pooled_memory(recurrence, means):
+    """(p, D) mean hidden states -> embeddings (M, D)."""
+    mixed = sum(weight * mean for weight, mean in zip(recurrence.mix.softmax(0), means, strict=True))
+    return recurrence.net(mixed).reshape(recurrence.slots, -1)
+
+
+def split_heads(projected, heads):
+    return projected.reshape(len(projected), heads, -1).transpose(0, 1)
+
+
+def read(model, ids):
+    """A document (n,) -> logits (n, V)."""
+    config, core = model.config, model.transformer
+    memory, logits = None, []
+    for start in range(0, len(ids), config.window):
+        tokens = ids[start : start + config.window]
+        positions = torch.arange(len(tokens)) + (config.position_offset if start else 0)
+        hidden = core.wte.weight[tokens] + core.wpe.weight[positions]
+        cache, outputs = {}, []
+        for layer, block in enumerate(core.h):
+            projected = block.attn.c_attn(block.ln_1(hidden)).chunk(3, dim=1)
+            query, key, value = (split_heads(part, config.n_head) for part in projected)
+            cache[layer] = key, value
+            slots = 0
+            if memory is not None and layer in config.insert_layers:
+                old_key, old_value = _read_memory(core, block, layer, memory)
+                slots = old_key.shape[1]
+                key, value = torch.cat((old_key, key), dim=1), torch.cat((old_value, value), dim=1)
+            heads = attend(query, key, value, 0, slots, block.attn.scaling)
+            hidden = hidden + block.attn.c_proj(heads.transpose(0, 1).flatten(1))
+            inner = ACT2FN[config.activation_function](block.mlp.c_fc(block.ln_2(hidden)))
+            hidden = hidden + block.mlp.c_proj(inner)
+            outputs.append(hidden)
+        logits.append(core.ln_f(hidden) @ model.lm_head.weight.T)
+        if len(tokens) == config.window:
+            memory = _write_memory(core, config, cache, outputs, memory)
+    return torch.cat(logits)
+
+
+def _write_memory(core, config, cache, outputs, old):
+    if config.pool_layers:
+        return [outputs[layer].mean(dim=0) for layer in config.pool_layers]
+    old = old or {}
+    return {
+        layer: write_layer_memory(core.recurrence[str(layer)], *cache[layer], old.get(layer))
+        for layer in config.insert_layers
+    }
+
+
+def _read_memory(core, block, layer, memory):
+    if isinstance(memory, dict):
+        return read_layer_memory(core.recurrence[str(layer)], memory[layer])
+    embeddings = read_pooled_memory(core.recurrence["pooled"], memory)
+    _, key, value = block.attn.c_attn(block.ln_1(embeddings)).chunk(3, dim=1)
+    heads = block.attn.num_heads
+    return split_heads(key, heads), split_heads(value, heads)

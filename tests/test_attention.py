@@ -1,0 +1,263 @@
+"""attention.py: every kernel gives what an explicit softmax over the visible keys gives, and is causal."""
+
+import pytest
+import torch
+from naive import attend
+from torch.testing import assert_close
+
+from recur_gpt2 import attention
+from recur_gpt2.attention import LONG_WINDOW, resumed_attention, window_attention
+
+ROWS, HEADS, WIDTH, SLOTS, SCALE = 3, 2, 4, 3, 0.4
+NOBODY, SOME, ALL = [False] * 3, [True, False, True], [True] * 3
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+    torch.float16: {"rtol": 4e-3, "atol": 4e-3},
+}
+
+
+def random_inputs(length, new=None, seed=0):
+    """query, key, value, memory keys, memory values in float64; `new` queries, or one a key."""
+    torch.manual_seed(seed)
+    sizes = (new or length, length, length, SLOTS, SLOTS)
+    return [2 * torch.randn(ROWS, HEADS, size, WIDTH, dtype=torch.float64) for size in sizes]
+
+
+def naive(inputs, has_memory, filled=(0, 0, 0)):
+    query, key, value, *memory = inputs
+    rows = []
+    for row, has in enumerate(has_memory):
+        keys, values = key[row], value[row]
+        if has:
+            keys, values = torch.cat((memory[0][row], keys), dim=1), torch.cat((memory[1][row], values), dim=1)
+        rows.append(attend(query[row], keys, values, int(filled[row]), SLOTS if has else 0, SCALE))
+    return torch.stack(rows)
+
+
+def windowed(inputs, has_memory, memory=True, **options):
+    query, key, value, *slots = inputs
+    has_memory = torch.tensor(has_memory)
+    return window_attention(query, key, value, slots if memory else None, has_memory, scale=SCALE, **options)
+
+
+def resumed(inputs, has_memory, filled, memory=True):
+    query, key, value, *slots = inputs
+    has_memory, filled = torch.tensor(has_memory), torch.tensor(filled)
+    return resumed_attention(query, key, value, slots if memory else None, has_memory, filled, scale=SCALE)
+
+
+def rounded(inputs, dtype, device="cpu"):
+    """The inputs in `dtype` on the device, and the same numbers in float64 for the reference."""
+    low = [tensor.to(dtype) for tensor in inputs]
+    return [tensor.to(device) for tensor in low], [tensor.double() for tensor in low]
+
+
+def kernels_used(monkeypatch):
+    """The names of the ways to compute, as they are taken."""
+    used = []
+
+    def spy(name):
+        original = getattr(attention, name)
+
+        def call(*args, **options):
+            used.append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(attention, name, call)
+
+    for name in ("_masked_products", "_causal_from_the_top", "_visible", "causal_lower_right"):
+        spy(name)
+    return used
+
+
+# ---- whole windows ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("has_memory", [NOBODY, SOME, ALL], ids=["nobody", "some", "all"])
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_a_window_equals_the_explicit_softmax(length, long, has_memory, dtype, device, monkeypatch):
+    if long:
+        monkeypatch.setattr(attention, "LONG_WINDOW", 0)
+    low, exact = rounded(random_inputs(length), dtype, device)
+    out = windowed(low, has_memory)
+    assert out.dtype == dtype
+    assert_close(out.cpu().double(), naive(exact, has_memory), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_memory", [NOBODY, SOME, ALL], ids=["nobody", "some", "all"])
+def test_a_window_past_the_long_border_equals_the_explicit_softmax(has_memory, dtype):
+    low, exact = rounded(random_inputs(LONG_WINDOW + 1), dtype)
+    assert_close(windowed(low, has_memory).double(), naive(exact, has_memory), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "has_memory", "expected"),
+    [
+        (torch.float32, 8, NOBODY, []),
+        (torch.float32, 8, SOME, ["_visible"]),
+        (torch.float32, 8, ALL, ["_visible"]),
+        (torch.float32, LONG_WINDOW + 1, ALL, ["_causal_from_the_top"]),
+        (torch.float32, LONG_WINDOW + 1, SOME, ["_visible"]),
+        (torch.bfloat16, LONG_WINDOW, ALL, ["_visible", "_masked_products"]),
+        (torch.bfloat16, LONG_WINDOW, NOBODY, ["_visible", "_masked_products"]),
+        (torch.bfloat16, LONG_WINDOW + 1, ALL, ["_causal_from_the_top"]),
+        (torch.float16, 8, SOME, ["_visible", "_masked_products"]),
+    ],
+)
+def test_the_cases_above_reach_every_kernel_of_a_cpu(dtype, length, has_memory, expected, monkeypatch):
+    used = kernels_used(monkeypatch)
+    low, _ = rounded(random_inputs(length), dtype)
+    windowed(low, has_memory)
+    assert used == expected
+
+
+def test_no_memory_at_all_is_memory_that_nobody_has():
+    inputs = random_inputs(6)
+    assert_close(windowed(inputs, ALL, memory=False), naive(inputs, NOBODY))
+    assert_close(windowed(inputs, NOBODY), naive(inputs, NOBODY))
+
+
+def test_memory_kept_in_another_type_takes_the_windows_type():
+    query, key, value, *memory = random_inputs(6)
+    out = windowed([query, key, value, *(slot.float() for slot in memory)], ALL)
+    assert out.dtype == torch.float64
+    assert_close(out, naive([query, key, value, *memory], ALL), rtol=1e-5, atol=1e-5)
+
+
+# ---- windows resumed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("has_memory", [NOBODY, SOME, ALL], ids=["nobody", "some", "all"])
+@pytest.mark.parametrize("filled", [(1, 1, 1), (4, 4, 4), (1, 4, 2), (0, 3, 5)], ids=str)
+@pytest.mark.parametrize("new", [1, 3])
+def test_a_resumed_window_equals_the_explicit_softmax(new, filled, has_memory, dtype):
+    low, exact = rounded(random_inputs(max(filled) + new, new), dtype)
+    out = resumed(low, has_memory, filled)
+    assert out.dtype == dtype
+    assert_close(out.double(), naive(exact, has_memory, filled), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_resumed_window_may_hold_more_places_than_are_filled(memory):
+    inputs = random_inputs(9, new=1)
+    expected = naive(inputs, ALL if memory else NOBODY, (3, 3, 3))
+    assert_close(resumed(inputs, ALL, (3, 3, 3), memory), expected)
+
+
+def test_a_window_in_two_pieces_equals_the_window_at_once():
+    query, key, value, *memory = random_inputs(9)
+    whole = windowed([query, key, value, *memory], SOME)
+    assert_close(resumed([query[:, :, 5:], key, value, *memory], SOME, (5, 5, 5)), whole[:, :, 5:])
+
+
+# ---- causality -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_memory", [NOBODY, SOME, ALL], ids=["nobody", "some", "all"])
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+def test_a_key_or_value_moves_its_own_place_and_later_ones_only(long, has_memory, dtype, monkeypatch):
+    if long:
+        monkeypatch.setattr(attention, "LONG_WINDOW", 0)
+    length = 9
+    low, _ = rounded(random_inputs(length), dtype)
+    before = windowed(low, has_memory)
+    for place in range(length):
+        for which in (1, 2):
+            changed = [tensor.clone() for tensor in low]
+            changed[which][:, :, place] += 3
+            moved = (windowed(changed, has_memory) != before).any(dim=-1)  # (B, H, T)
+            assert not moved[..., :place].any()
+            if which == 2 and dtype == torch.float64:
+                assert moved[..., place:].all()
+            elif which == 2 or place:
+                assert moved[..., place:].any()
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+def test_memory_moves_the_rows_that_have_it_and_no_others(long, monkeypatch):
+    if long:
+        monkeypatch.setattr(attention, "LONG_WINDOW", 0)
+    for slot in range(SLOTS):
+        inputs = random_inputs(7)
+        for has_memory in (SOME, ALL):
+            before = windowed(inputs, has_memory)
+            changed = [tensor.clone() for tensor in inputs]
+            changed[4][:, :, slot] += 3
+            moved = (windowed(changed, has_memory) != before).any(dim=-1)
+            assert moved.flatten(1).all(dim=1).tolist() == moved.flatten(1).any(dim=1).tolist() == has_memory
+
+
+@pytest.mark.parametrize("filled", [(4, 4, 4), (1, 4, 2)], ids=str)
+def test_a_resumed_window_is_causal(filled):
+    new = 3
+    inputs = random_inputs(max(filled) + new, new)
+    before = resumed(inputs, SOME, filled)
+    for place in range(max(filled) + new):
+        changed = [tensor.clone() for tensor in inputs]
+        changed[2][:, :, place] += 3
+        moved = (resumed(changed, SOME, filled) != before).any(dim=-1).all(dim=1)  # (B, n)
+        expected = [[place <= fill + i for i in range(new)] for fill in filled]
+        assert moved.tolist() == expected
+
+
+# ---- gradients and dropout -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_memory", [NOBODY, SOME, ALL], ids=["nobody", "some", "all"])
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+def test_gradients_of_a_window_equal_those_of_the_explicit_softmax(long, has_memory, dtype, monkeypatch):
+    if long:
+        monkeypatch.setattr(attention, "LONG_WINDOW", 0)
+    low, exact = rounded(random_inputs(7), dtype)
+    torch.manual_seed(1)
+    out = torch.randn_like(exact[0])
+    gradients = [
+        torch.autograd.grad(function([t.requires_grad_() for t in inputs], has_memory), inputs, grad, allow_unused=True)
+        for function, inputs, grad in ((windowed, low, out.to(dtype)), (naive, exact, out.to(dtype).double()))
+    ]
+    loose = {"rtol": 5e-2, "atol": 5e-2} if dtype == torch.bfloat16 else TOLERANCE[dtype]
+    for ours, wanted in zip(*gradients, strict=True):
+        assert (ours is None) == (wanted is None)
+        if ours is not None:
+            assert_close(ours.double(), wanted, **loose)
+
+
+@pytest.mark.parametrize("has_memory", [NOBODY, SOME, ALL], ids=["nobody", "some", "all"])
+@pytest.mark.parametrize("filled", [(4, 4, 4), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("new", [1, 3])
+def test_gradients_of_a_resumed_window_equal_those_of_the_explicit_softmax(new, filled, has_memory):
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(max(filled) + new, new)]
+    gradients = [
+        torch.autograd.grad((function(inputs, has_memory, filled) ** 2).sum(), inputs, allow_unused=True)
+        for function in (resumed, naive)
+    ]
+    for ours, wanted in zip(*gradients, strict=True):
+        assert (ours is None) == (wanted is None)
+        if ours is not None:
+            assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_memory", [NOBODY, SOME, ALL], ids=["nobody", "some", "all"])
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+def test_dropout_drops_weights_and_keeps_their_mean(long, has_memory, dtype, monkeypatch):
+    if long:
+        monkeypatch.setattr(attention, "LONG_WINDOW", 0)
+    query, key, value, *memory = rounded(random_inputs(64), dtype)[0]
+    torch.manual_seed(0)
+    ones = [query, key, torch.ones_like(value), memory[0], torch.ones_like(memory[1])]
+    out = windowed(ones, has_memory, dropout=0.5).float()
+    assert_close(out.mean(), torch.tensor(1.0), rtol=0, atol=0.1)
+    assert out.std() > 0.2
+    first = out[1, :, 0] if not has_memory[1] else torch.tensor(0.0)
+    assert set(first.unique().tolist()) <= {0.0, 2.0}  # one weight: kept and doubled, or dropped

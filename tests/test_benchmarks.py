@@ -1,0 +1,104 @@
+"""benchmarks/: each script runs, compares like with like, and ends with one JSON object."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from common import fresh, number, ratio, summarise  # noqa: E402
+
+TINY = ["--model", "gpt2", "--layers", "2", "--width", "32", "--vocab-size", "300", "--precision", "float32"]
+TINY += ["--device", "cpu", "--repeats", "1"]
+MEASURED = {"tokens_per_second", "peak_memory_bytes", "speed_ratio", "memory_ratio"}
+
+
+def bench(script, *options, status=0):
+    command = [sys.executable, str(BENCHMARKS / script), *TINY, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def last_line(done):
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(speed, memory=100):
+    return {"tokens_per_second": speed, "peak_memory_bytes": memory}
+
+
+def test_ratios_compare_runs_of_the_same_round():
+    runs = {"theirs": [measured(10), measured(20), measured(40)], "ours": [measured(11), measured(22), measured(48)]}
+    summary = summarise(runs, "theirs")
+    assert summary["ours"]["speed_ratio"] == pytest.approx({"median": 1.1, "min": 1.1, "max": 1.2})
+    assert summary["ours"]["tokens_per_second"]["median"] == 22
+
+
+def test_a_variant_that_fails_leaves_the_others_their_numbers():
+    runs = {"theirs": [measured(10)], "ours": [{"error": "out of memory"}]}
+    summary = summarise(runs, "theirs")
+    assert summary["theirs"]["speed_ratio"]["median"] == 1
+    assert summary["ours"] == {"error": "out of memory"}
+    assert number(summary["ours"], "tokens_per_second") == "failed"
+    assert ratio(summary["ours"], "speed_ratio") == "-"
+
+
+def test_without_the_baseline_there_are_no_ratios():
+    assert summarise({"ours": [measured(10)]}, "theirs")["ours"].keys() == {"tokens_per_second", "peak_memory_bytes"}
+
+
+def test_a_ratio_says_whether_its_aim_is_met():
+    summary = {"speed_ratio": {"median": 0.97, "min": 0.9, "max": 1.0}}
+    assert ratio(summary, "speed_ratio", at_least=0.97).endswith("ok")
+    assert ratio(summary, "speed_ratio", at_least=0.98).endswith("missed")
+    assert ratio(summary, "speed_ratio", at_most=0.9).endswith("missed")
+
+
+def test_a_process_that_dies_becomes_an_error(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("raise MemoryError('too large')")
+    assert fresh(str(script), {}) == {"error": "MemoryError: too large"}
+
+
+@pytest.mark.slow
+def test_training_ends_in_one_json_object(tmp_path):
+    variants = ["transformers", "disjoint", "default"]
+    options = ["--window", "32", "--bptt", "2", "--lanes", "2", "--steps", "1", "--checkpointing-sweep", "2", "3"]
+    done = bench("bench_training.py", *options, "--json", str(tmp_path / "out.json"), "--variants", *variants)
+    result = last_line(done)
+    assert result == json.loads((tmp_path / "out.json").read_text())
+    assert {"benchmark", "settings", "machine", "aims", "variants", "checkpointing_sweep"} <= result.keys()
+    assert list(result["variants"]) == variants
+    assert list(result["checkpointing_sweep"]) == ["K=2", "K=3"]
+    for row in [*result["variants"].values(), *result["checkpointing_sweep"].values()]:
+        assert row.keys() >= MEASURED
+        assert row["tokens_per_second"]["median"] > 0
+        assert row["peak_memory_bytes"]["median"] > 0
+    theirs, ours = (result["variants"][name]["first_loss"]["median"] for name in ("transformers", "disjoint"))
+    assert ours == pytest.approx(theirs, rel=1e-5), "both must train on the same windows and targets"
+
+
+@pytest.mark.slow
+def test_scoring_ends_in_one_json_object():
+    options = ["--tokens", "2000", "--windows", "32", "--parallel-windows", "1", "4"]
+    done = bench("bench_scoring.py", *options, "--variants", "transformers", "disjoint", "default")
+    result = last_line(done)
+    assert {"benchmark", "settings", "machine", "peak_tflops", "windows"} <= result.keys()
+    rows = result["windows"]["32"]
+    assert list(rows) == ["transformers", "disjoint", "default_p1", "default_p4"]
+    for row in rows.values():
+        assert row.keys() >= MEASURED | {"growth", "nats"}
+    nats = {name: row["nats"]["median"] for name, row in rows.items()}
+    assert nats["disjoint"] == pytest.approx(nats["transformers"], rel=1e-5), "both must score the same tokens"
+    assert nats["default_p4"] == pytest.approx(nats["default_p1"], rel=1e-5), "P must not change the result"
+
+
+@pytest.mark.parametrize("script", ["bench_training.py", "bench_scoring.py"])
+def test_contradictions_are_refused_with_the_way_out(script):
+    done = bench(script, "--model", "data/gpt2-mini", status=2)
+    assert "add --model gpt2" in done.stderr

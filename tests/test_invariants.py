@@ -1,0 +1,520 @@
+"""The invariants that everything else rests on, in float64, for every form of memory.
+
+GPT-2 identity, chunk invariance, batch invariance, causality, true gradients, memory that does not grow.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FORMS, WINDOW, WITH_MEMORY, random_gpt2, random_ids
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+from torch.testing import assert_close
+from transformers import GPT2LMHeadModel
+
+from recur_gpt2 import RecurGPT2LMHeadModel, RecurState
+from recur_gpt2.losses import IGNORE
+from recur_gpt2.training import SegmentLoss, TrainingArguments
+from recur_gpt2.windows import Segment
+
+MINI = Path(__file__).resolve().parents[1] / "data" / "gpt2-mini"
+forms = st.sampled_from(list(FORMS))
+parallels = st.sampled_from([1, 2, 3, 50])
+
+
+def property_test(examples):
+    return settings(max_examples=examples, deadline=None)
+
+
+def assert_same_state(state, other, **tolerance):
+    """The same counters, and the same numbers wherever a row has memory or an unfinished window."""
+    assert state.windows.tolist() == other.windows.tolist()
+    assert state.filled.tolist() == other.filled.tolist()
+    groups = (
+        (state.memory, other.memory, state.windows > 0),
+        (state.window, other.window, state.filled > 0),
+    )
+    for ours, theirs, rows in groups:
+        if not rows.any():
+            continue
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert_close(tensor[rows], theirs[name][rows], **tolerance)
+
+
+# ---- 1: GPT-2 identity -----------------------------------------------------------------------------------------------
+
+
+@property_test(40)
+@given(form=forms, length=st.integers(1, WINDOW), rows=st.integers(1, 3), seed=st.integers(0, 99))
+@torch.no_grad()
+def test_a_first_window_is_exactly_gpt2(make_model, gpt2, form, length, rows, seed):
+    ids = random_ids(rows, length, seed=seed)
+    assert_close(make_model(form)(ids).logits, gpt2(ids).logits, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_first_window_that_is_padded_is_exactly_gpt2(make_model, gpt2):
+    ids = random_ids(1, WINDOW)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1]])
+    out = make_model("default")(ids, attention_mask=mask).logits
+    assert_close(out[mask > 0], gpt2(ids[mask > 0][None]).logits[0])
+
+
+@torch.no_grad()
+def test_without_memory_every_window_is_exactly_gpt2(make_model, gpt2):
+    ids = random_ids(2, 4 * WINDOW + 3)
+    logits = make_model("none")(ids, parallel_windows=2).logits
+    expected = [gpt2(piece).logits for piece in ids.split(WINDOW, dim=1)]
+    assert_close(logits, torch.cat(expected, dim=1), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_window_may_be_all_the_positions_there_are(make_model, gpt2):
+    model = make_model("default", window=64)
+    ids = random_ids(2, 64 + 20)
+    logits = model(ids).logits
+    assert_close(logits[:, :64], gpt2(ids[:, :64]).logits, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(logits[:, 64:], gpt2(ids[:, 64:]).logits)
+
+
+@torch.no_grad()
+def test_a_first_window_of_a_real_gpt2_is_that_gpt2():
+    ids = torch.randint(8192, (2, 64), generator=torch.Generator().manual_seed(0))
+    model = RecurGPT2LMHeadModel.from_gpt2(MINI, window=64)
+    expected = GPT2LMHeadModel.from_pretrained(MINI, dtype=torch.float32).eval()(ids).logits
+    assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- 2: chunk invariance ---------------------------------------------------------------------------------------------
+
+
+@property_test(60)
+@given(
+    form=forms,
+    pieces=st.lists(st.tuples(st.integers(1, 3 * WINDOW), parallels), min_size=1, max_size=6),
+    parallel=parallels,
+)
+@torch.no_grad()
+def test_a_document_in_pieces_is_the_document_at_once(make_model, form, pieces, parallel):
+    model = make_model(form)
+    ids = random_ids(2, sum(length for length, _ in pieces))
+    whole = model(ids, parallel_windows=parallel)
+    state, logits = None, []
+    for (_, piece_parallel), piece in zip(pieces, ids.split([length for length, _ in pieces], dim=1), strict=True):
+        out = model(piece, state=state, parallel_windows=piece_parallel)
+        state, logits = out.state, [*logits, out.logits]
+    assert_close(torch.cat(logits, dim=1), whole.logits)
+    assert_same_state(state, whole.state)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_token_by_token_is_the_document_at_once(make_model, form):
+    model, ids = make_model(form), random_ids(2, 2 * WINDOW + 3)
+    whole, state, logits = model(ids), None, []
+    for token in ids.split(1, dim=1):
+        out = model(token, state=state)
+        state, logits = out.state, [*logits, out.logits]
+    assert_close(torch.cat(logits, dim=1), whole.logits)
+    assert_same_state(state, whole.state)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_reading_whole_windows_is_reading_the_document(make_model, form):
+    """`read`, which training walks through, and `forward`, which users call."""
+    model, ids = make_model(form).transformer, random_ids(3, 5 * WINDOW)
+    whole = model(ids)
+    hidden, state = model.read(ids.view(3, 5, WINDOW), torch.zeros(3, 5, dtype=torch.bool))
+    assert_close(hidden.flatten(1, 2), whole.last_hidden_state)
+    assert_same_state(state, whole.state)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_documents_side_by_side_in_a_lane_do_not_know_of_each_other(make_model, form):
+    model = make_model(form).transformer
+    ids = random_ids(2, 6, WINDOW)
+    starts = torch.tensor([[True, False, True, False, False, True], [False, True, True, False, True, False]])
+    _, earlier = model.read(random_ids(2, 2, WINDOW, seed=1), torch.zeros(2, 2, dtype=torch.bool))
+    for size in (1, 2, 6):
+        state, hidden = earlier, []
+        for piece, flags in zip(ids.split(size, dim=1), starts.split(size, dim=1), strict=True):
+            out, state = model.read(piece, flags, state)
+            hidden.append(out)
+        hidden = torch.cat(hidden, dim=1)
+        for row, borders in ((0, (0, 2, 5, 6)), (1, (1, 2, 4, 6))):
+            for first, end in pairwise(borders):
+                alone = model(ids[row, first:end].reshape(1, -1))
+                assert_close(hidden[row, first:end].reshape(1, -1, 32), alone.last_hidden_state)
+            assert_same_state(state.select([row]), alone.state)  # the last document of the row
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_a_state_from_a_file_goes_on_as_the_state_itself(make_model, form, tmp_path):
+    model, ids = make_model(form), random_ids(2, 3 * WINDOW + 5)
+    whole = model(ids)
+    model(ids[:, :21]).state.save(tmp_path / "state.safetensors")
+    out = model(ids[:, 21:], state=RecurState.load(tmp_path / "state.safetensors"))
+    assert_close(out.logits, whole.logits[:, 21:])
+    assert_same_state(out.state, whole.state)
+
+
+# ---- 3: batch invariance ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def padded_calls(draw):
+    """One to three calls of a batch: for each row and call its tokens, spread over more places on any side."""
+    rows, calls = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    return [
+        {
+            "lengths": draw(st.lists(st.integers(0, 2 * WINDOW + 3), min_size=rows, max_size=rows)),
+            "spare": draw(st.integers(0, 5)),
+            "side": draw(st.sampled_from(["left", "right", "middle", "anywhere"])),
+            "parallel": draw(parallels),
+        }
+        for _ in range(calls)
+    ]
+
+
+def spread(lengths, places, side, generator):
+    """(B, N) mask with so many ones a row."""
+    mask = torch.zeros(len(lengths), places, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        if side == "anywhere":
+            mask[row, torch.randperm(places, generator=generator)[:length]] = 1
+        else:
+            gap = places - length
+            first = {"left": gap, "right": 0, "middle": gap // 2}[side]
+            mask[row, first : first + length] = 1
+    return mask
+
+
+@property_test(60)
+@given(form=forms, calls=padded_calls(), seed=st.integers(0, 99))
+@torch.no_grad()
+def test_a_row_of_a_padded_batch_gets_what_it_gets_alone(make_model, form, calls, seed):
+    assume(all(any(call["lengths"]) for call in calls))
+    model, generator = make_model(form), torch.Generator().manual_seed(seed)
+    rows, state, documents, logits = len(calls[0]["lengths"]), None, [], []
+    for number, call in enumerate(calls):
+        mask = spread(call["lengths"], max(call["lengths"]) + call["spare"], call["side"], generator)
+        ids = random_ids(*mask.shape, seed=seed + number)
+        out = model(ids, attention_mask=mask, state=state, parallel_windows=call["parallel"])
+        state = out.state
+        documents.append([ids[row][mask[row] > 0] for row in range(rows)])
+        logits.append([out.logits[row][mask[row] > 0] for row in range(rows)])
+    for row in range(rows):
+        document = torch.cat([call[row] for call in documents])[None]
+        if not document.numel():
+            assert_same_state(state.select([row]), RecurState.empty(1))
+            continue
+        alone = model(document)
+        assert_close(torch.cat([call[row] for call in logits]), alone.logits[0])
+        assert_same_state(state.select([row]), alone.state)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_what_stands_at_padding_changes_nothing(make_model, form):
+    model, generator = make_model(form), torch.Generator().manual_seed(0)
+    mask = spread([5, 2 * WINDOW, WINDOW + 3], 2 * WINDOW + 3, "anywhere", generator)
+    ids = random_ids(*mask.shape)
+    first = model(ids, attention_mask=mask)
+    second = model(torch.where(mask > 0, ids, random_ids(*mask.shape, seed=1)), attention_mask=mask)
+    assert torch.equal(first.logits[mask > 0], second.logits[mask > 0])
+    assert_same_state(first.state, second.state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_a_row_without_tokens_keeps_its_state(make_model, form):
+    model = make_model(form)
+    mask = spread([WINDOW + 6, WINDOW + 1, 3, 0], WINDOW + 6, "right", None)
+    before = model(random_ids(*mask.shape), attention_mask=mask).state
+    mask = spread([0, 2 * WINDOW, 0, 0], 2 * WINDOW, "right", None)
+    after = model(random_ids(*mask.shape, seed=1), attention_mask=mask, state=before).state
+    assert_same_state(after.select([0, 2, 3]), before.select([0, 2, 3]), rtol=0, atol=0)
+
+
+# ---- 4: causality ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", [1, 4])
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_a_token_moves_nothing_before_it_and_through_memory_what_comes_windows_later(make_model, form, parallel):
+    model, ids = make_model(form), random_ids(1, 4 * WINDOW)
+    before = model(ids, parallel_windows=parallel).logits
+    # Only the last positions of a window may be kept, and sinks know no document.
+    reaches = form not in ("none", "sinks only")
+    for place in (0, 1, WINDOW - 1, WINDOW, 2 * WINDOW - 1, 2 * WINDOW + 3):
+        changed = ids.clone()
+        changed[0, place] = (ids[0, place] + 1) % 97
+        moved = (model(changed, parallel_windows=parallel).logits - before).abs().amax(dim=(0, 2))
+        assert not moved[:place].any()
+        end = (place // WINDOW + 1) * WINDOW
+        assert moved[place:end].all()
+        assert bool(moved[end:].any()) == reaches
+        if reaches:
+            assert moved[end : end + WINDOW].all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_a_token_moves_nothing_before_it_in_a_window_that_goes_on(make_model, form):
+    model = make_model(form)
+    state = model(random_ids(2, WINDOW + 2)).state
+    ids = random_ids(2, WINDOW, seed=1)
+    before = model(ids, state=state).logits
+    for place in range(WINDOW):
+        changed = ids.clone()
+        changed[:, place] = (ids[:, place] + 1) % 97
+        moved = (model(changed, state=state).logits - before).abs().amax(dim=(0, 2))
+        assert not moved[:place].any()
+        assert moved[place]
+
+
+@pytest.mark.parametrize("form", ["gated", "yoshida2020", "pooled above", "all slots, some layers"])
+@torch.no_grad()
+def test_memory_that_is_carried_reaches_further_than_one_window(make_model, form):
+    """Many windows on, the first one still has a part in what is predicted."""
+    model, ids = make_model(form), random_ids(1, 6 * WINDOW)
+    other = ids.clone()
+    other[:, :WINDOW] = random_ids(1, WINDOW, seed=1)
+    moved = (model(other).logits - model(ids).logits).abs().amax(dim=2)
+    assert moved[:, -WINDOW:].all()
+
+
+# ---- 6: gradient truth -----------------------------------------------------------------------------------------------
+
+
+def make_segment(rows=2, windows=4, seed=0):
+    """Lanes in which a document starts at the segment's start, in its midst, and not at all; some targets unscored."""
+    ids = random_ids(rows, windows, WINDOW + 1, seed=seed)
+    targets = ids[..., 1:].clone()
+    targets[0, windows // 2 - 1, WINDOW // 2 :] = IGNORE
+    starts = torch.zeros(rows, windows, dtype=torch.bool)
+    starts[0, windows // 2] = True
+    numbers = torch.zeros(rows, windows, dtype=torch.int64)
+    return Segment(ids[..., :-1], targets, starts, numbers, numbers)
+
+
+def loss_of(model, segment, state=None, **arguments):
+    return SegmentLoss(model, TrainingArguments(**arguments))(segment, state)
+
+
+def gradients(model, loss):
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.numel()}
+    made = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(named[name]) if each is None else each for name, each in zip(named, made, strict=True)
+    }
+
+
+@pytest.fixture
+def embedded(make_model, monkeypatch):
+    """The input embeddings of each reading by a model, as they are made."""
+
+    def watch(model):
+        seen = []
+
+        def keep(module, args, output):
+            output.retain_grad()
+            seen.append(output)
+
+        hook = model.transformer.wte.register_forward_hook(keep)
+        hooks.append(hook)
+        return seen
+
+    hooks = []
+    yield watch
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+@pytest.mark.parametrize("form", WITH_MEMORY)
+def test_gradients_reach_as_far_back_as_the_segment_and_no_further(make_model, embedded, form, parallel):
+    model, windows = make_model(form), 3
+    read, seen, state = model.transformer.read, embedded(model), None
+    continues = torch.zeros(2, parallel, dtype=torch.bool)
+    for segment in range(2):
+        state = None if state is None else state.detach()
+        for part in random_ids(2, windows, WINDOW, seed=segment).split(parallel, dim=1):
+            hidden, state = read(part, continues, state)
+    gradient = torch.autograd.grad((hidden[:, -1] ** 2).sum(), seen, allow_unused=True)
+    per_window = [
+        0.0 if each is None else float(each[:, window].abs().max()) for each in gradient for window in range(parallel)
+    ]
+    assert len(per_window) == 2 * windows
+    assert per_window[:windows] == [0.0] * windows
+    # Sinks carry nothing; memory pooled below the layers that read it is made before they have read any.
+    reach = {"sinks only": 0, "pooled below": 1}.get(form, windows - 1)
+    assert [size > 0 for size in per_window[windows:]] == [window >= windows - 1 - reach for window in range(windows)]
+
+
+@pytest.mark.parametrize("form", WITH_MEMORY)
+def test_gradients_do_not_cross_into_another_document(make_model, embedded, form):
+    model = make_model(form)
+    seen = embedded(model)
+    starts = torch.tensor([[True, False, True, False]])
+    hidden, _ = model.transformer.read(random_ids(1, 4, WINDOW), starts)
+    (gradient,) = torch.autograd.grad((hidden[:, -1] ** 2).sum(), seen)
+    assert not gradient[:, :2].any()
+    assert gradient[:, 2].any() == (form != "sinks only")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_checkpointing_and_parallel_windows_change_no_gradient(make_model, form):
+    model = make_model(form)
+    earlier = loss_of(model, make_segment(seed=1), bptt=4)[1].detach()
+    segment = make_segment()
+    expected_loss, expected_state = loss_of(model, segment, earlier, parallel_windows=1)
+    expected = gradients(model, expected_loss)
+    for checkpointing in (False, True):
+        for parallel in (1, 2, 3, 4):
+            loss, state = loss_of(model, segment, earlier, parallel_windows=parallel, checkpointing=checkpointing)
+            assert_close(loss, expected_loss)
+            assert_same_state(state, expected_state)
+            assert_close(gradients(model, loss), expected)
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_checkpointing_draws_the_same_dropout_again(parallel, tmp_path):
+    random_gpt2(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1).save_pretrained(tmp_path)
+    model = RecurGPT2LMHeadModel.from_gpt2(tmp_path, window=WINDOW, last_slots=3).double().train()
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        loss, _ = loss_of(model, make_segment(), parallel_windows=parallel, checkpointing=checkpointing)
+        found.append(gradients(model, loss))
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_segments_loss_is_that_of_the_logits(make_model, form):
+    model, segment = make_model(form), make_segment()
+    loss, _ = loss_of(model, segment, bptt=4)
+    total = 0.0
+    for row, first, end in ((0, 0, 2), (0, 2, 4), (1, 0, 4)):
+        logits = model(segment.input_ids[row, first:end].reshape(1, -1)).logits[0]
+        targets = segment.targets[row, first:end].flatten()
+        total = total + torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    assert_close(loss, total)
+
+
+def test_not_recurrent_means_every_window_apart(make_model, gpt2):
+    model, segment = make_model("default"), make_segment()
+    loss, _ = loss_of(model, segment, recurrent=False, bptt=4)
+    logits = gpt2(segment.input_ids.flatten(0, 1)).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, segment.targets.flatten(), reduction="sum")
+    assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_agree_with_finite_differences(make_model, form, parallel):
+    """Along a random direction of each parameter, the loss of three windows moves as its gradient says."""
+    model, segment = make_model(form), make_segment(rows=1, windows=3)
+    segment.starts[:] = False
+    ours = gradients(model, loss_of(model, segment, parallel_windows=parallel)[0])
+    parameters = dict(model.named_parameters())
+    core = ("transformer.wte", "transformer.wpe", "h.0.attn", "h.1.mlp.c_fc", "h.3.ln_1", "h.2.attn.c_attn", "ln_f")
+    step, generator = 1e-6, torch.Generator().manual_seed(0)
+    for name, gradient in ours.items():
+        if ".recurrence." not in name and not any(part in name for part in core):
+            continue
+        direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+        found = []
+        with torch.no_grad():
+            kept = parameters[name].clone()
+            for sign in (1, -1):
+                parameters[name].copy_(kept + sign * step * direction)
+                found.append(float(loss_of(model, segment, parallel_windows=parallel)[0]))
+            parameters[name].copy_(kept)
+        slope = (found[0] - found[1]) / (2 * step)
+        assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-5, abs=1e-5), name
+
+
+# ---- 9: memory -------------------------------------------------------------------------------------------------------
+
+
+def held(state):
+    """Bytes that a state keeps alive, whatever its tensors are views of."""
+    tensors = (state.windows, state.filled, *state.memory.values(), *state.window.values())
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_the_state_does_not_grow_with_the_document(make_model, form):
+    model, sizes = make_model(form).transformer, []
+    for windows, parallel in ((3, 1), (3, 50), (40, 1), (300, 50)):
+        state = None
+        for piece in random_ids(1, windows * WINDOW + 3).split(100 * WINDOW, dim=1):
+            state = model(piece, state=state, parallel_windows=parallel).state
+        sizes += [state.nbytes, held(state)]
+    assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_whole_windows_read_together_leave_a_state_of_one(make_model, form):
+    read = make_model(form).transformer.read
+    states = [read(random_ids(1, n, WINDOW), torch.zeros(1, n, dtype=torch.bool))[1] for n in (1, 2, 40)]
+    assert len(set(map(held, states))) == 1
+
+
+def bytes_saved(model, windows, **arguments):
+    """Bytes of the tensors that a segment's graph saves for its backward pass, beside parameters and inputs."""
+    segment = make_segment(windows=windows)
+    given = (*model.parameters(), segment.input_ids, segment.targets, segment.starts)
+    given = {tensor.untyped_storage().data_ptr() for tensor in given}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = loss_of(model, segment, **arguments)
+    assert loss.requires_grad
+    return sum(saved.values())
+
+
+def bytes_allocated(model, windows, **arguments):
+    """Bytes that the forward pass of a segment leaves allocated, as the profiler of torch counts them."""
+    segment = make_segment(windows=windows)
+    loss_of(model, segment, **arguments)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        kept = loss_of(model, segment, **arguments)
+    assert kept[0].requires_grad
+    return sum(event.self_cpu_memory_usage for event in measured.key_averages())
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_with_checkpointing_a_graph_saves_nothing_but_inputs(make_model, form, parallel):
+    model = make_model(form)
+    plain = [bytes_saved(model, windows, parallel_windows=parallel) for windows in (3, 9)]
+    assert plain[1] > 2 * plain[0] > 0
+    assert [bytes_saved(model, n, checkpointing=True, parallel_windows=parallel) for n in (3, 9)] == [0, 0]
+
+
+@pytest.mark.parametrize("form", ["all slots, some layers", "pooled above"])
+def test_with_checkpointing_a_window_more_costs_its_state_alone(make_model, form):
+    """And the state of the random numbers, from which dropout is drawn again, and a number or two."""
+    model = make_model(form)
+    few, many = (bytes_allocated(model, windows, checkpointing=True) for windows in (2, 6))
+    state = loss_of(model, make_segment(), checkpointing=True)[1]
+    assert 0 < (many - few) / 4 <= state.nbytes + torch.get_rng_state().nbytes + 64

@@ -1,0 +1,172 @@
+"""losses.py: cross-entropy in chunks equals torch's at once, its gradients included."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recur_gpt2 import losses
+from recur_gpt2.losses import IGNORE, summed_loss, token_losses
+
+WIDTH, VOCABULARY = 8, 31
+CHUNK = 64  # the smallest there is
+
+
+def random_inputs(*shape, dtype=torch.float64, scored=0.8):
+    torch.manual_seed(0)
+    hidden = torch.randn(*shape, WIDTH, dtype=dtype, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH, dtype=dtype, requires_grad=True)
+    targets = torch.randint(VOCABULARY, shape)
+    return hidden, weight, targets.masked_fill(torch.rand(shape) > scored, IGNORE)
+
+
+def reference(hidden, weight, targets, reduction="sum"):
+    logits = hidden.flatten(0, -2) @ weight.T
+    return cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 1)
+    assert [piece.stop - piece.start for piece in losses._chunks(2 * CHUNK + 1, VOCABULARY)] == [CHUNK, CHUNK, 1]
+
+
+@pytest.mark.parametrize("rows", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 5])
+@pytest.mark.usefixtures("small_chunks")
+def test_the_loss_and_its_gradients_equal_torchs_at_every_border_of_chunks(rows):
+    hidden, weight, targets = random_inputs(rows)
+    ours, expected = (function(hidden, weight, targets) for function in (summed_loss, reference))
+    assert_close(ours, expected)
+    gradients = [torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, expected)]
+    assert_close(*gradients)
+    each = reference(hidden, weight, targets, "none")
+    assert_close(token_losses(hidden, weight, targets).double(), each.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)], ids=str)
+def test_any_leading_dimensions(shape):
+    hidden, weight, targets = random_inputs(*shape, dtype=torch.float32)
+    each = token_losses(hidden, weight, targets)
+    assert (each.shape, each.dtype, each.requires_grad) == (shape, torch.float32, False)
+    assert_close(each.flatten(), reference(hidden, weight, targets, "none").detach())
+    total = summed_loss(hidden, weight, targets)
+    assert (total.shape, total.dtype) == ((), torch.float32)
+    assert_close(total, each.sum())
+    gradients = torch.autograd.grad(total, (hidden, weight))
+    assert [gradient.shape for gradient in gradients] == [hidden.shape, weight.shape]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_gradients_agree_with_finite_differences():
+    hidden, weight, targets = random_inputs(CHUNK + 2)
+    assert torch.autograd.gradcheck(lambda *inputs: summed_loss(*inputs, targets), (hidden, weight))
+
+
+def test_positions_that_are_not_scored_cost_nothing_and_learn_nothing():
+    hidden, weight, targets = random_inputs(4, 10, scored=0.5)
+    unscored = targets == IGNORE
+    assert not token_losses(hidden, weight, targets)[unscored].any()
+    total = summed_loss(hidden, weight, targets)
+    grad_hidden, grad_weight = torch.autograd.grad(total, (hidden, weight))
+    assert not grad_hidden[unscored].any()
+    assert grad_hidden[~unscored].all()
+    changed = hidden.detach().clone()
+    changed[unscored] = 100.0
+    changed.requires_grad_()
+    again = summed_loss(changed, weight, targets)
+    assert_close(again, total)
+    assert_close(torch.autograd.grad(again, weight)[0], grad_weight)
+
+
+def test_nothing_scored_is_zero_with_zero_gradients():
+    hidden, weight, targets = random_inputs(3, 5)
+    total = summed_loss(hidden, weight, torch.full_like(targets, IGNORE))
+    assert total == 0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(total, (hidden, weight)))
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["hidden", "weight"])
+def test_what_is_frozen_gets_no_gradient_and_changes_none(frozen):
+    inputs = random_inputs(3, 5)
+    expected = torch.autograd.grad(reference(*inputs), inputs[1 - frozen])
+    inputs[frozen].requires_grad_(False)
+    total = summed_loss(*inputs)
+    assert_close(torch.autograd.grad(total, inputs[1 - frozen]), expected)
+    assert inputs[frozen].grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_loss_is_the_same_with_and_without_gradients(dtype):
+    hidden, weight, targets = random_inputs(3, 5, dtype=dtype)
+    with_gradients = summed_loss(hidden, weight, targets)
+    with torch.no_grad():
+        assert torch.equal(summed_loss(hidden, weight, targets), with_gradients)
+    assert torch.equal(summed_loss(hidden.detach(), weight.detach(), targets), with_gradients)
+    assert with_gradients.dtype == dtype
+
+
+def test_no_gradient_is_made_where_none_is_wanted():
+    hidden, weight, targets = random_inputs(3, 5)
+    products = []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            products.extend([function] * (function.overloadpacket is torch.ops.aten.mm))
+            return function(*args, **kwargs or {})
+
+    with Counter():
+        summed_loss(hidden, weight, targets)
+        assert len(products) == 3  # the logits, and a gradient each
+        products.clear()
+        with torch.no_grad():
+            summed_loss(hidden, weight, targets)
+        assert len(products) == 1
+
+
+def test_certain_and_hopeless_predictions_are_finite():
+    hidden, weight, targets = random_inputs(3, 5, dtype=torch.float32)
+    for factor in (1e2, 1e4):
+        total = summed_loss(hidden * factor, weight, targets)
+        gradients = torch.autograd.grad(total, (hidden, weight))
+        assert all(torch.isfinite(tensor).all() for tensor in (total, *gradients))
+
+
+def test_under_autocast_products_are_in_16_bit_and_sums_in_32():
+    hidden, weight, targets = random_inputs(4, 40, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = summed_loss(hidden, weight, targets)
+        each = token_losses(hidden, weight, targets)
+    assert total.dtype == each.dtype == torch.float32
+    gradients = torch.autograd.grad(total, (hidden, weight))
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    low = [tensor.detach().bfloat16().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = reference(*low, targets)
+    assert_close(total.double(), expected, rtol=3e-3, atol=0)
+    assert_close(each.sum().double(), expected, rtol=3e-3, atol=0)
+    for ours, wanted in zip(gradients, torch.autograd.grad(expected, low), strict=True):
+        assert_close(ours.double(), wanted, rtol=0.05, atol=0.02)
+        assert not torch.equal(ours.double(), wanted)
+
+
+def test_weights_kept_in_16_bit_get_gradients_of_their_type():
+    hidden, weight, targets = random_inputs(4, 40, dtype=torch.bfloat16)
+    total = summed_loss(hidden, weight, targets)
+    assert total.dtype == torch.float32
+    gradients = torch.autograd.grad(total, (hidden, weight))
+    assert {gradient.dtype for gradient in gradients} == {torch.bfloat16}
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = reference(*exact, targets)
+    assert_close(total.double(), expected, rtol=3e-3, atol=0)
+    for ours, wanted in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
+        assert_close(ours.double(), wanted, rtol=0.05, atol=0.02)
+
+
+def test_the_logits_of_all_positions_never_exist_together():
+    """What is kept for the backward pass is as large as the inputs, whatever the number of logits."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(200, 4, requires_grad=True), torch.randn(5000, 4, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor.numel()), tensor)[1], lambda t: t):
+        summed_loss(hidden, weight, torch.randint(5000, (200,)))
+    assert sorted(kept) == [hidden.numel(), weight.numel()]

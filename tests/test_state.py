@@ -1,0 +1,235 @@
+"""state.py: all that is carried, saved and loaded bit for bit, and never changed in place."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import FORMS, WINDOW, random_ids
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from recur_gpt2 import InputError, RecurState
+
+
+def tensors(state):
+    return {"windows": state.windows, "filled": state.filled} | {
+        f"{group}.{key}": tensor for group in ("memory", "window") for key, tensor in getattr(state, group).items()
+    }
+
+
+def assert_identical(state, other):
+    state, other = tensors(state), tensors(other)
+    assert state.keys() == other.keys()
+    for name, tensor in state.items():
+        assert tensor.dtype == other[name].dtype
+        assert torch.equal(tensor, other[name]), name
+
+
+def ragged(model, lengths, seed=0):
+    """The state of documents of these lengths."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return model(random_ids(len(lengths), max(lengths), seed=seed), attention_mask=mask).state
+
+
+@pytest.fixture(params=FORMS)
+def model(request, make_model):
+    return make_model(request.param)
+
+
+# ---- what it holds ---------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_state_is_the_start_of_a_document(model):
+    empty = RecurState.empty(2)
+    assert empty.batch_size == 2
+    assert empty.windows.tolist() == empty.filled.tolist() == [0, 0]
+    ids = random_ids(2, 20)
+    assert torch.equal(model(ids, state=empty).logits, model(ids).logits)
+
+
+def test_counters_are_the_documents_length_in_windows_and_tokens(model):
+    state = ragged(model, [3, WINDOW, 2 * WINDOW + 5])
+    assert state.windows.tolist() == [0, 1, 2]
+    assert state.filled.tolist() == [3, 0, 5]
+    assert state.windows.device.type == state.filled.device.type == "cpu"
+
+
+def test_counters_begin_anew_with_a_document_inside_a_segment(model):
+    starts = torch.tensor([[True, False, False], [True, False, True], [True, True, False]])
+    ids = random_ids(3, 3, WINDOW)
+    _, state = model.transformer.read(ids, starts)
+    assert state.windows.tolist() == [3, 1, 2]
+    starts = torch.tensor([[False, False, False], [False, True, False], [True, False, False]])
+    _, state = model.transformer.read(ids, starts, state)
+    assert state.windows.tolist() == [6, 2, 3]
+
+
+def test_nbytes_are_those_of_all_tensors(model):
+    state = ragged(model, [2 * WINDOW + 5, WINDOW + 1])
+    assert state.nbytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors(state).values())
+
+
+def test_a_finished_window_leaves_no_keys_and_values(model):
+    assert ragged(model, [2 * WINDOW, WINDOW]).window == {}
+    assert RecurState.empty(2).window == {}
+
+
+def test_the_unfinished_window_is_as_long_as_the_longest_row_and_zero_beyond_a_rows_tokens(model):
+    state = ragged(model, [2 * WINDOW, 3, WINDOW + 5])
+    for name, tensor in state.window.items():
+        if name == "pooled":
+            assert not tensor[0].any()
+            assert tensor[1:].any()
+            continue
+        assert tensor.shape[-2] == 5
+        for row, filled in enumerate(state.filled.tolist()):
+            assert not tensor[row, ..., filled:, :].any()
+            assert tensor[row, ..., :filled, :].all()
+
+
+# ---- what can be done with it ----------------------------------------------------------------------------------------
+
+
+def test_a_state_is_never_changed_in_place(model):
+    state = ragged(model, [WINDOW + 5, 3, 2 * WINDOW])
+    before = {name: tensor.clone() for name, tensor in tensors(state).items()}
+    for mask in (None, torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])):
+        model(random_ids(3, 4), attention_mask=mask, state=state)
+    model.transformer.read(random_ids(3, 2, WINDOW), torch.ones(3, 2, dtype=torch.bool), state)
+    state.merge(torch.tensor([1]), state.select([0]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(state).items())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        state.windows = state.filled
+
+
+def test_a_state_can_be_branched_from(model):
+    state = ragged(model, [WINDOW + 5, 3])
+    ids, others = random_ids(2, 12, seed=1), random_ids(2, 12, seed=2)
+    first = model(ids, state=state).logits
+    model(others, state=state)
+    assert torch.equal(model(ids, state=state).logits, first)
+
+
+def test_detach_cuts_the_graph_and_keeps_the_numbers(make_model):
+    state = make_model("default")(random_ids(2, 20)).state
+    assert all(tensor.requires_grad for tensor in (*state.memory.values(), *state.window.values()))
+    detached = state.detach()
+    assert not any(tensor.requires_grad for tensor in tensors(detached).values())
+    assert_identical(detached, state)
+
+
+def test_to_casts_what_is_computed_with_and_leaves_the_counters(model):
+    state = ragged(model, [WINDOW + 5, 3])
+    cast = state.to(torch.bfloat16)
+    assert {tensor.dtype for tensor in (*cast.memory.values(), *cast.window.values())} == {torch.bfloat16}
+    assert cast.windows.dtype == cast.filled.dtype == torch.int64
+    for name, tensor in tensors(cast).items():
+        assert_close(tensor.double(), tensors(state)[name].double(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [[2, 0, 1], [1], [0, 0, 2, 2], [3], torch.tensor([3, 1])], ids=str)
+def test_selected_rows_go_on_as_they_would_have_in_place(model, rows):
+    lengths = [2 * WINDOW + 6, 3, WINDOW, 2 * WINDOW + 1]
+    state = ragged(model, lengths).select(rows)
+    longest = int(state.filled.max())
+    assert all(tensor.shape[-2] == longest for name, tensor in state.window.items() if name != "pooled")
+    ids = random_ids(4, 2 * WINDOW, seed=1)
+    whole = model(ids, state=ragged(model, lengths))
+    part = model(ids[rows], state=state)
+    assert_close(part.logits, whole.logits[rows])
+    assert_identical_rows(part.state, whole.state.select(rows))
+
+
+def assert_identical_rows(state, other):
+    state, other = tensors(state), tensors(other)
+    assert state.keys() == other.keys()
+    for name in state:
+        assert_close(state[name], other[name])
+
+
+def test_reorder_is_select(model):
+    state = ragged(model, [WINDOW + 5, 3])
+    assert_identical(state.reorder(torch.tensor([1, 0])), state.select([1, 0]))
+
+
+@pytest.mark.parametrize("rows", [[0], [2, 1], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("before", [[WINDOW + 6, 2 * WINDOW, 3], [2, 3, 4], [WINDOW] * 3, [0, 1, 0]], ids=str)
+@pytest.mark.parametrize("after", [[WINDOW, 2 * WINDOW, WINDOW], [1, WINDOW + 7, 5]], ids=str)
+def test_merge_replaces_these_rows_and_no_others(make_model, rows, before, after):
+    model = make_model("all slots, some layers")
+    old = ragged(model, before) if any(before) else RecurState.empty(3)
+    new = ragged(model, after[: len(rows)], seed=1)
+    merged = old.merge(torch.tensor(rows), new)
+    ids = random_ids(3, WINDOW + 3, seed=2)
+    out = model(ids, state=merged).logits
+    kept = [row for row in range(3) if row not in rows]
+    assert_close(out[rows], model(ids[rows], state=new).logits)
+    if kept:
+        assert_close(out[kept], model(ids[kept], state=old.select(kept)).logits)
+    longest = int(merged.filled.max())
+    assert bool(merged.window) == (longest > 0)
+    assert all(tensor.shape[-2] == longest for tensor in merged.window.values())
+
+
+def test_merge_with_an_empty_state_forgets_the_rows(model):
+    old = ragged(model, [WINDOW + 6, WINDOW + 3])
+    merged = old.merge(torch.tensor([0]), RecurState.empty(1))
+    ids = random_ids(2, 12, seed=1)
+    out = model(ids, state=merged).logits
+    assert_close(out[:1], model(ids[:1]).logits)
+    assert_close(out[1:], model(ids[1:], state=old.select([1])).logits)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [[WINDOW + 5, 3], [WINDOW, WINDOW], [3, 1]], ids=str)
+def test_a_saved_state_comes_back_bit_for_bit(model, lengths, tmp_path):
+    state = ragged(model, lengths)
+    state.save(tmp_path / "state.safetensors")
+    loaded = RecurState.load(tmp_path / "state.safetensors")
+    assert_identical(loaded, state)
+    ids = random_ids(2, 12, seed=1)
+    assert torch.equal(model(ids, state=loaded).logits, model(ids, state=state).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_saved_state_keeps_its_type(make_model, dtype, tmp_path):
+    state = ragged(make_model("default"), [WINDOW + 5, 3]).to(dtype)
+    state.save(str(tmp_path / "state"))
+    assert_identical(RecurState.load(str(tmp_path / "state")), state)
+
+
+def test_an_empty_state_can_be_saved(tmp_path):
+    RecurState.empty(3).save(tmp_path / "state.safetensors")
+    assert_identical(RecurState.load(tmp_path / "state.safetensors"), RecurState.empty(3))
+
+
+@pytest.mark.parametrize("change", [lambda state: state.select([1, 1, 0]), RecurState.detach], ids=["select", "detach"])
+def test_a_derived_state_can_be_saved(make_model, change, tmp_path):
+    state = change(ragged(make_model("all slots, some layers"), [WINDOW + 5, 3]))
+    state.save(tmp_path / "state.safetensors")
+    assert_identical(RecurState.load(tmp_path / "state.safetensors"), state)
+
+
+def test_a_damaged_file_is_refused_by_name(make_model, tmp_path):
+    path = tmp_path / "state.safetensors"
+    ragged(make_model("default"), [WINDOW + 5]).save(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"state\.safetensors is not a readable state file .*; save the state again"):
+        RecurState.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="not a readable state file"):
+        RecurState.load(path)
+
+
+def test_another_files_tensors_are_refused(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=r"weights\.safetensors holds no state of recur_gpt2"):
+        RecurState.load(tmp_path / "weights.safetensors")
+
+
+def test_a_state_of_another_batch_size_is_refused(model):
+    state = ragged(model, [WINDOW + 5, 3])
+    with pytest.raises(InputError, match="the state holds 2 rows and input_ids 3"):
+        model(random_ids(3, 4), state=state)
