@@ -125,6 +125,7 @@ def _add_evaluate_arguments(parser):
     add("--data", default="pg19-sample", help="documents, as for finetune (default: pg19-sample)")
     add("--split", default="test", choices=["train", "validation", "test"], help="default: test")
     add("--window", type=int, help="T; default: the model's own, or 256 for a GPT-2")
+    add("--recurrence", default="none", help="for a GPT-2: score it with this recurrence, untrained (default: none)")
     add(
         "--protocols",
         nargs="+",
@@ -150,6 +151,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         args.data,
         split=args.split,
         window=args.window,
+        recurrence=args.recurrence,
         protocols=args.protocols,
         eval_tokens=args.eval_tokens or None,
         lanes=args.lanes,

@@ -236,6 +236,7 @@ def evaluate_model(
     *,
     split: str = "test",
     window: int | None = None,
+    recurrence: str = "none",
     protocols: list[str] | None = None,
     eval_tokens: int | None = None,
     lanes: int = 8,
@@ -249,7 +250,7 @@ def evaluate_model(
     """
     device = _device(device)
     tokenizer = load_tokenizer(name_or_path)
-    model = load_any(name_or_path, window).to(device)
+    model = load_any(name_or_path, window, recurrence).to(device)
     documents = evaluation_documents(load_corpus(data, split, tokenizer), eval_tokens)
     possible = (*PROTOCOLS, *CONTROLS) if model.config.memory_slots else PROTOCOLS[:2]
     if len(documents) < 2:
@@ -268,11 +269,11 @@ def evaluate_model(
     return rows
 
 
-def load_any(name_or_path: str, window: int | None = None) -> RecurGPT2LMHeadModel:
-    """One of our models as it is, or a GPT-2 without recurrence, read in windows of 256 unless said otherwise."""
+def load_any(name_or_path: str, window: int | None = None, recurrence: str = "none") -> RecurGPT2LMHeadModel:
+    """One of our models as it is, or a GPT-2 given a window (256 unless said otherwise) and a recurrence."""
     config = load_config(name_or_path)
     if config.model_type != RecurGPT2Config.model_type:
-        return RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence="none")
+        return RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence=recurrence)
     if window not in (None, config.window):
         raise InputError(f"{name_or_path} was made for window={config.window}, not {window}; leave --window out")
     with refusing_damage(name_or_path):

@@ -93,6 +93,13 @@ def test_evaluate_scores_a_saved_recurrent_model(documents, tmp_path, capsys):
     assert rows["zeroed"]["nats"] == pytest.approx(rows["disjoint"]["nats"], abs=1e-6)
 
 
+def test_evaluate_scores_a_gpt2_with_an_untrained_recurrence(documents, tmp_path):
+    report = tmp_path / "rows.json"
+    scored = ["--protocols", "disjoint", "recurrent", "--json", str(report), "--precision", "float32"]
+    assert main(["evaluate", "--data", str(documents), "--window", "16", "--recurrence", "default", *scored]) == 0
+    assert [row["name"] for row in json.loads(report.read_text())["rows"]] == ["disjoint", "recurrent"]
+
+
 def test_a_finished_run_is_not_overwritten(documents, tmp_path, capsys):
     assert finetune(documents, tmp_path / "out", "--no-control") == 0
     before = (tmp_path / "out" / "results.json").read_bytes()

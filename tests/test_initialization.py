@@ -210,5 +210,5 @@ def test_before_any_training_memory_already_predicts_better_than_windows_apart(b
 
 
 def test_misspelled_options_are_refused(gpt2_folder):
-    with pytest.raises(InputError, match="last_slot.*last_slots"):
+    with pytest.raises(InputError, match=r"last_slot.*last_slots"):
         RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, window=8, last_slot=4)
