@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -21,13 +22,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .checkpoints import Checkpoint, Checkpoints
-from .corpora import Corpus
 from .errors import InputError
 from .losses import summed_loss
 from .modeling import RecurGPT2LMHeadModel
 from .precision import autocast_dtype
 from .state import RecurState
 from .windows import LanePosition, Segment, TrainingLanes
+
+if TYPE_CHECKING:
+    from .corpora import Corpus
 
 
 @dataclass

@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .corpora import Corpus
 from .errors import InputError
 from .losses import IGNORE
+
+if TYPE_CHECKING:
+    from .corpora import Corpus
 
 
 @dataclass
