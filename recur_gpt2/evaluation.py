@@ -95,8 +95,13 @@ class Evaluation:
 
 def gap_covered_interval(disjoint: Evaluation, overlap: Evaluation, recurrent: Evaluation, level=0.95):
     """Bootstrap interval over documents of the part of the way from disjoint to overlap that recurrent covers."""
-    draws = resample(len(disjoint.losses))
-    total = [evaluation._sums()[draws].sum(axis=1) for evaluation in (disjoint, overlap, recurrent)]
+    return share_covered_interval(*(each._sums() for each in (disjoint, overlap, recurrent)), level=level)
+
+
+def share_covered_interval(disjoint: np.ndarray, overlap: np.ndarray, recurrent: np.ndarray, level: float = 0.95):
+    """The same from the summed losses of each document, (documents,) each."""
+    draws = resample(len(disjoint))
+    total = [sums[draws].sum(axis=1) for sums in (disjoint, overlap, recurrent)]
     covered = (total[0] - total[2]) / (total[0] - total[1])
     return tuple(float(q) for q in np.quantile(covered, [(1 - level) / 2, (1 + level) / 2]))
 

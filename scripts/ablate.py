@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recur_gpt2.evaluation import resample
+from recur_gpt2.evaluation import share_covered_interval
 
 # Flags of `recur-gpt2 finetune` beside the window.
 CONFIGURATIONS = {
@@ -118,10 +118,8 @@ def share_covered(results, control):
     """(value, low, high) of (disjoint - recurrent) / (disjoint - overlap), resampling books."""
     disjoint, overlap = (np.array(control["loss_by_document"][row]) for row in ("recurrent", "recurrent_overlap"))
     recurrent = np.array(results["loss_by_document"]["recurrent"])
-    draws = resample(len(recurrent))
-    shares = (disjoint - recurrent)[draws].sum(axis=1) / (disjoint - overlap)[draws].sum(axis=1)
     value = (disjoint - recurrent).sum() / (disjoint - overlap).sum()
-    return float(value), *map(float, np.quantile(shares, [0.025, 0.975]))
+    return float(value), *share_covered_interval(disjoint, overlap, recurrent)
 
 
 if __name__ == "__main__":
