@@ -30,12 +30,8 @@ def flops_per_token(config: RecurGPT2Config, *, memory: bool = True, training: b
         training: forward and backward (three times the forward) rather than forward alone. Recomputation under
             checkpointing would add one more.
     """
-    width, window = config.n_embd, config.window
-    inner = config.n_inner or 4 * width
-    layer = 2 * width * (4 * width + 2 * inner) + 4 * width * window
-    forward = config.n_layer * layer + 2 * width * config.vocab_size
     recurrence = _writing_flops(config) + (_reading_flops(config) if memory else 0)
-    forward += len(config.insert_layers) * recurrence / window
+    forward = config.plain_flops + len(config.insert_layers) * recurrence / config.window
     return forward * (3 if training else 1)
 
 

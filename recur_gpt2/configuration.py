@@ -9,9 +9,11 @@ from transformers import GPT2Config
 
 from .errors import InputError
 
-# The measurements behind "default" are in docs/ablation.md.
+# The measurements behind "default" are in docs/ablation.md. Its last slots are as many as MEMORY_COST buys: each one
+# more helps, and the wider a model is, the less of its cost is attention.
+MEMORY_COST = 0.02  # FLOPs of attending to memory, as a part of those of the window without it
 PRESETS = {
-    "default": {"sink_slots": 1, "last_slots": 32, "pooled_slots": 0},
+    "default": {"sink_slots": 1, "pooled_slots": 0},
     "yoshida2020": {"sink_slots": 0, "last_slots": 0, "pooled_slots": 1},
     "none": {"sink_slots": 0, "last_slots": 0, "pooled_slots": 0},
 }
@@ -29,7 +31,8 @@ class RecurGPT2Config(GPT2Config):
             (Yoshida et al. 2020). Empty: each layer's memory is made from that same layer in the window before.
         sink_slots: learned slots that are the same for every document; they start as GPT-2's first position, on
             which pretrained heads rest when nothing else fits. Only without `pool_layers`.
-        last_slots: slots that hold the last positions of the window before. Only without `pool_layers`.
+        last_slots: slots that hold the last positions of the window before. Only without `pool_layers`. "default": as
+            many as cost 2% of a window's FLOPs together with the other slots, at most a whole window.
         pooled_slots: slots that hold learned pooling over the window before, carried over with a gate
             (without `pool_layers`), or that the feed-forward net writes (with them).
         recurrence_width: width of the feed-forward net's hidden layers, with `pool_layers`.
@@ -58,11 +61,13 @@ class RecurGPT2Config(GPT2Config):
         self._check_window()
         for field, value in PRESETS[self.recurrence].items():
             if getattr(self, field) is None:
-                setattr(self, field, min(value, self.window))
+                setattr(self, field, value)
         if self.pool_layers is None:
             self.pool_layers = [self.n_layer - 1] if self.recurrence == "yoshida2020" else []
         if self.insert_layers is None:
             self.insert_layers = self._default_insert_layers()
+        if self.last_slots is None:
+            self.last_slots = self._affordable_slots()
         if self.position_offset is None:
             wanted = self.sink_slots + self.last_slots if self.last_slots else 0
             self.position_offset = min(wanted, self.n_positions - self.window)
@@ -74,10 +79,24 @@ class RecurGPT2Config(GPT2Config):
         """M, keys and values that memory adds to each layer of `insert_layers`."""
         return self.sink_slots + self.pooled_slots + self.last_slots
 
+    @property
+    def plain_flops(self) -> int:
+        """FLOPs of plain GPT-2 for one token of a window, LM head included, without memory."""
+        inner = self.n_inner or 4 * self.n_embd
+        layer = 2 * self.n_embd * (4 * self.n_embd + 2 * inner) + 4 * self.n_embd * self.window
+        return self.n_layer * layer + 2 * self.n_embd * self.vocab_size
+
     def _default_insert_layers(self):
         if self.recurrence == "yoshida2020":
             return [self.n_layer // 2]
-        return list(range(self.n_layer)) if self.memory_slots else []
+        slots = self.sink_slots + self.pooled_slots + (1 if self.last_slots is None else self.last_slots)
+        return list(range(self.n_layer)) if slots else []
+
+    def _affordable_slots(self):
+        """Last positions that MEMORY_COST pays for beside the other slots, at most a window of them."""
+        slot = 4 * self.n_embd * max(1, len(self.insert_layers))
+        slots = int(MEMORY_COST * self.plain_flops / slot) - self.sink_slots - self.pooled_slots
+        return max(1, min(slots, self.window))
 
     def _check_window(self):
         if self.window < 2:

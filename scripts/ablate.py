@@ -19,32 +19,39 @@ import numpy as np
 
 from recur_gpt2.evaluation import share_covered_interval
 
-# Flags of `recur-gpt2 finetune` beside the window.
+# Flags of `recur-gpt2 finetune` beside the window. `default` is what the preset gives.
 CONFIGURATIONS = {
     "none": "--recurrence none",
+    "default": "",
     "yoshida2020": "--recurrence yoshida2020",
     "yoshida2020, 8 slots": "--recurrence yoshida2020 --pooled-slots 8",
-    "last 32": "--sink-slots 1 --last-slots 32 --pooled-slots 0",
-    "last 16": "--sink-slots 1 --last-slots 16 --pooled-slots 0",
-    "last 8": "--sink-slots 1 --last-slots 8 --pooled-slots 0",
-    "last 1": "--sink-slots 1 --last-slots 1 --pooled-slots 0",
-    "last 32, no sink": "--sink-slots 0 --last-slots 32 --pooled-slots 0",
-    "last 32, layer 3 only": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --insert-layers 3",
-    "last 32, layers 2-5": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --insert-layers 2 3 4 5",
-    "pooled 8": "--sink-slots 1 --last-slots 0 --pooled-slots 8",
-    "last 28, pooled 4": "--sink-slots 1 --last-slots 28 --pooled-slots 4",
-    "last 16, pooled 8": "--sink-slots 1 --last-slots 16 --pooled-slots 8",
-    "last 32, bptt 1": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --bptt 1",
-    "last 32, bptt 2": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --bptt 2",
-    "last 32, bptt 8": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --bptt 8",
-    "last 32, lr 1e-5": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --lr 1e-5",
-    "last 32, lr 1e-4": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --lr 1e-4",
-    "last 32, recurrence lr 3e-4": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --recurrence-lr 3e-4",
-    "last 32, recurrence lr 1e-2": "--sink-slots 1 --last-slots 32 --pooled-slots 0 --recurrence-lr 1e-2",
+    "last 1": "--last-slots 1",
+    "last 4": "--last-slots 4",
+    "last 8": "--last-slots 8",
+    "last 16": "--last-slots 16",
+    "last 32": "--last-slots 32",
+    "last 64": "--last-slots 64",
+    "last 128": "--last-slots 128",
+    "last 32, no sink": "--last-slots 32 --sink-slots 0",
+    "last 32, layer 3 only": "--last-slots 32 --insert-layers 3",
+    "last 32, layers 2-5": "--last-slots 32 --insert-layers 2 3 4 5",
+    "pooled 1": "--last-slots 0 --pooled-slots 1",
+    "pooled 8": "--last-slots 0 --pooled-slots 8",
+    "last 24, pooled 8": "--last-slots 24 --pooled-slots 8",
+    "default, bptt 1": "--bptt 1",
+    "default, bptt 2": "--bptt 2",
+    "default, bptt 8": "--bptt 8",
+    "default, lr 1e-5": "--lr 1e-5",
+    "default, lr 1e-4": "--lr 1e-4",
+    "default, recurrence lr 1e-3": "--recurrence-lr 1e-3",
+    "default, recurrence lr 1e-2": "--recurrence-lr 1e-2",
+    "none, 360 steps": "--recurrence none --steps 360",
+    "default, 360 steps": "--steps 360",
 }
 TOKENS_PER_STEP = 8192
 MOST_LANES = 16  # the sample has 21 training books
-ROWS = ["recurrent", "recurrent_overlap", "recurrent_shuffled", "recurrent_zeroed"]
+READINGS = ["recurrent_overlap", "recurrent_shuffled", "recurrent_zeroed"]
+MORE_ROWS = {"none": READINGS[:1], "none, 360 steps": READINGS[:1], "default": READINGS, "yoshida2020": READINGS}
 
 
 def main():
@@ -58,10 +65,17 @@ def main():
     args = parser.parse_args()
     for window in args.windows:
         for name in args.only or CONFIGURATIONS:
+            if last_slots(name) > window:
+                continue
             folder = run_folder(args, window, name)
             if not args.table and not (folder / "results.json").exists():
                 run(args, window, name, folder)
         print(table(args, window), flush=True)
+
+
+def last_slots(name):
+    flags = CONFIGURATIONS[name].split()
+    return int(flags[flags.index("--last-slots") + 1]) if "--last-slots" in flags else 0
 
 
 def run_folder(args, window, name):
@@ -76,7 +90,7 @@ def run(args, window, name, folder):
     command = [sys.executable, "-m", "recur_gpt2.cli", "finetune", "--window", str(window), "--output-dir", str(folder)]
     command += ["--lanes", str(lanes), "--accumulate", str(segments // lanes)]
     command += ["--steps", str(args.steps), "--eval-split", "validation", "--eval-tokens", str(args.eval_tokens)]
-    command += ["--no-control", "--rows", *ROWS, *flags]
+    command += ["--no-control", "--rows", "recurrent", *MORE_ROWS.get(name, []), *flags]
     if (folder / "settings.json").exists():
         command.append("--resume")
     print("+", *command, flush=True)
@@ -97,20 +111,21 @@ def table(args, window):
     ]
     lines.append("|---|---|---|---|---|---|---|")
     for name, results in found.items():
-        lines.append(line(name, results, found.get("none")))
+        control = found.get("none, 360 steps" if "360 steps" in name else "none")
+        lines.append(line(name, results, control))
     return "\n".join(lines) + "\n"
 
 
 def line(name, results, control):
     rows = {row["name"]: row for row in results["rows"]}
-    covered = share_covered(results, control) if control and name != "none" else None
+    covered = share_covered(results, control) if control not in (None, results) else None
     cells = [name, f"{rows['recurrent']['nats']:.4f}"]
     cells += [f"{covered[0]:.0%}", f"{covered[1]:.0%} to {covered[2]:.0%}"] if covered else ["", ""]
     cells.append(f"{rows['recurrent']['flops_per_token'] / 1e6:.2f}")
     for control_row in ("recurrent_shuffled", "recurrent_zeroed"):
         cells.append(f"{rows[control_row]['nats']:.4f}" if control_row in rows else "")
-    if name == "none":
-        cells[0] = f"none (overlapping: {rows['recurrent_overlap']['nats']:.4f})"
+    if results is control:
+        cells[0] = f"{name} (overlapping: {rows['recurrent_overlap']['nats']:.4f})"
     return "| " + " | ".join(cells) + " |"
 
 

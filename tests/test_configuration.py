@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoConfig, GPT2Config
 
 from recur_gpt2 import InputError, RecurGPT2Config, configuration
+from recur_gpt2.accounting import flops_per_token
 
 SIZES = {"n_layer": 6, "n_embd": 32, "n_head": 4, "vocab_size": 97, "n_positions": 128}
 RECURRENCE = ("insert_layers", "pool_layers", "sink_slots", "last_slots", "pooled_slots", "position_offset")
@@ -108,7 +109,7 @@ def test_it_is_a_gpt2_configuration_with_gpt2s_own_fields():
         ({"last_slots": -2}, "last_slots=-2 must not be negative"),
         ({"pooled_slots": -3}, "pooled_slots=-3 must not be negative"),
         ({"last_slots": 65}, "last_slots=65 exceeds window=64; use 64 or less"),
-        ({"pool_layers": [5]}, r"pool_layers=\[5\] .* sink_slots=1 or last_slots=32; set those to 0"),
+        ({"pool_layers": [5]}, r"pool_layers=\[5\] .* sink_slots=1 or last_slots=\d+; set those to 0"),
         ({"recurrence": "yoshida2020", "insert_layers": []}, r"pool_layers=\[5\] needs at least one layer"),
         ({"recurrence": "yoshida2020", "pooled_slots": 0}, r"pool_layers=\[5\] .* pooled_slots=0"),
         ({"recurrence": "yoshida2020", "recurrence_width": 0}, "recurrence_width=0 must be at least 1"),
@@ -126,5 +127,23 @@ def test_the_borders_are_allowed(options):
     make(**options)
 
 
+GPT2_SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
+MINI = {"n_layer": 6, "n_embd": 256, "n_head": 4, "vocab_size": 8192, "n_positions": 1024}
+
+
+def cost(config):
+    return flops_per_token(config) / flops_per_token(config, memory=False) - 1
+
+
+@pytest.mark.parametrize("window", [64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("options", [GPT2_SMALL, MINI, MINI | {"pooled_slots": 4}, MINI | {"insert_layers": [0, 3]}])
+def test_the_default_has_the_last_slots_that_two_percent_pay_for_up_to_a_window(options, window):
+    config = RecurGPT2Config(**options, window=window)
+    one_more = RecurGPT2Config(**options, window=window, last_slots=min(config.last_slots + 1, window))
+    # What pooled slots cost to write is not for reading memory, and counted with the window.
+    assert cost(config) <= 0.02
+    assert config.last_slots == window or cost(one_more) > 0.0199
+
+
 def test_the_default_fits_windows_shorter_than_its_slots():
-    assert RecurGPT2Config(window=8).last_slots == 8
+    assert RecurGPT2Config(**MINI, window=8).last_slots == 8
