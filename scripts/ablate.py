@@ -1,12 +1,13 @@
 """The ablation behind the `default` recurrence: one finetuning for each configuration and window, on validation books.
 
-    python scripts/ablate.py --output runs/ablation                 # runs what is not there yet, then prints the tables
-    python scripts/ablate.py --output runs/ablation --windows 128 --only last32 last16
+    python scripts/ablate.py                                # runs what is not recorded yet, then prints the tables
+    python scripts/ablate.py --windows 128 --only "last 32" "last 16"
+    python scripts/ablate.py --table                        # prints the tables of docs/ablation.json
 
 Every configuration reads the same training windows in the same order for the same steps. `none` is the disjoint
 control; its overlapping reading is the goal. The measure is the part of the way from disjoint to overlap that the
-recurrent reading covers, with a bootstrap interval over the books. Each run is kept in --output, so that the script can
-be stopped and started again.
+recurrent reading covers, with a bootstrap interval over the books. What each run found is recorded in one small file,
+so that the script can be stopped and started again, by somebody else too; to measure anew, give another --record.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from recur_gpt2.evaluation import share_covered_interval
+from recur_gpt2.files import atomic_write_text
 
 # Flags of `recur-gpt2 finetune` beside the window. `default` is what the preset gives.
 CONFIGURATIONS = {
@@ -57,20 +59,21 @@ MORE_ROWS = {"none": READINGS[:1], "none, 360 steps": READINGS[:1], "default": R
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--record", type=Path, default=Path("docs/ablation.json"), help="what each run found")
     parser.add_argument("--windows", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--only", nargs="+", choices=list(CONFIGURATIONS), help="configurations (default: all)")
     parser.add_argument("--steps", type=int, default=120, help="of 8,192 tokens")
     parser.add_argument("--eval-tokens", type=int, default=147456, help="of the validation books")
-    parser.add_argument("--table", action="store_true", help="print the tables of what is there, and run nothing")
+    parser.add_argument("--table", action="store_true", help="print the tables of what is recorded, and run nothing")
     args = parser.parse_args()
+    record = json.loads(args.record.read_text()) if args.record.exists() else {}
     for window in args.windows:
+        found = record.setdefault(str(window), {})
         for name in args.only or CONFIGURATIONS:
-            if last_slots(name) > window:
-                continue
-            folder = run_folder(args, window, name)
-            if not args.table and not (folder / "results.json").exists():
-                run(args, window, name, folder)
-        print(table(args, window), flush=True)
+            if not args.table and name not in found and last_slots(name) <= window:
+                found[name] = findings(run(args, window, name))
+                atomic_write_text(args.record, json.dumps(record, indent=1) + "\n")
+        print(table(window, found), flush=True)
 
 
 def last_slots(name):
@@ -78,11 +81,9 @@ def last_slots(name):
     return int(flags[flags.index("--last-slots") + 1]) if "--last-slots" in flags else 0
 
 
-def run_folder(args, window, name):
-    return args.output / f"w{window}" / name.replace(" ", "-").replace(",", "")
-
-
-def run(args, window, name, folder):
+def run(args, window, name):
+    """Finetune and evaluate -> the folder with results.json."""
+    folder = args.output / f"w{window}" / name.replace(" ", "-").replace(",", "")
     flags = CONFIGURATIONS[name].split()
     bptt = int(flags[flags.index("--bptt") + 1]) if "--bptt" in flags else 4
     segments = TOKENS_PER_STEP // window // bptt
@@ -93,46 +94,56 @@ def run(args, window, name, folder):
     command += ["--no-control", "--rows", "recurrent", *MORE_ROWS.get(name, []), *flags]
     if (folder / "settings.json").exists():
         command.append("--resume")
-    print("+", *command, flush=True)
-    subprocess.run(command, check=True)
+    if not (folder / "results.json").exists():
+        print("+", *command, flush=True)
+        subprocess.run(command, check=True)
+    return folder
 
 
-def table(args, window):
-    """A Markdown table of every configuration that has run at this window."""
-    found = {}
-    for name in CONFIGURATIONS:
-        path = run_folder(args, window, name) / "results.json"
-        if path.exists():
-            found[name] = json.loads(path.read_text())
+def findings(folder):
+    """What the tables need: nats, the summed loss of each book, and FLOPs."""
+    results = json.loads((folder / "results.json").read_text())
+    rows = {
+        row["name"]: {"nats": row["nats"], "mflops": row["flops_per_token"] / 1e6, "books": [round(x, 3) for x in sums]}
+        for row in results["rows"]
+        for sums in [results["loss_by_document"][row["name"]]]
+    }
+    return rows
+
+
+def table(window, found):
+    """A Markdown table of every configuration that is recorded at this window."""
     lines = [
         f"Window {window}",
         "",
         "| configuration | nats | of the way | 95% interval | MFLOPs | shuffled | zeroed |",
     ]
     lines.append("|---|---|---|---|---|---|---|")
-    for name, results in found.items():
-        control = found.get("none, 360 steps" if "360 steps" in name else "none")
-        lines.append(line(name, results, control))
+    for name in filter(found.get, CONFIGURATIONS):
+        control = "none, 360 steps" if "360 steps" in name else "none"
+        lines.append(line(name, found[name], found.get(control), name == control))
     return "\n".join(lines) + "\n"
 
 
-def line(name, results, control):
-    rows = {row["name"]: row for row in results["rows"]}
-    covered = share_covered(results, control) if control not in (None, results) else None
-    cells = [name, f"{rows['recurrent']['nats']:.4f}"]
-    cells += [f"{covered[0]:.0%}", f"{covered[1]:.0%} to {covered[2]:.0%}"] if covered else ["", ""]
-    cells.append(f"{rows['recurrent']['flops_per_token'] / 1e6:.2f}")
-    for control_row in ("recurrent_shuffled", "recurrent_zeroed"):
-        cells.append(f"{rows[control_row]['nats']:.4f}" if control_row in rows else "")
-    if results is control:
-        cells[0] = f"{name} (overlapping: {rows['recurrent_overlap']['nats']:.4f})"
+def line(name, rows, control, is_control):
+    recurrent = rows["recurrent"]
+    if is_control:
+        name += f" (overlapping: {rows['recurrent_overlap']['nats']:.4f})"
+    cells = [name, f"{recurrent['nats']:.4f}"]
+    if control is None or is_control:
+        cells += ["", ""]
+    else:
+        value, low, high = share_covered(recurrent["books"], control)
+        cells += [f"{value:.0%}", f"{low:.0%} to {high:.0%}"]
+    cells.append(f"{recurrent['mflops']:.2f}")
+    cells += [f"{rows[row]['nats']:.4f}" if row in rows else "" for row in ("recurrent_shuffled", "recurrent_zeroed")]
     return "| " + " | ".join(cells) + " |"
 
 
-def share_covered(results, control):
+def share_covered(recurrent, control):
     """(value, low, high) of (disjoint - recurrent) / (disjoint - overlap), resampling books."""
-    disjoint, overlap = (np.array(control["loss_by_document"][row]) for row in ("recurrent", "recurrent_overlap"))
-    recurrent = np.array(results["loss_by_document"]["recurrent"])
+    disjoint, overlap = (np.array(control[row]["books"]) for row in ("recurrent", "recurrent_overlap"))
+    recurrent = np.array(recurrent)
     value = (disjoint - recurrent).sum() / (disjoint - overlap).sum()
     return float(value), *share_covered_interval(disjoint, overlap, recurrent)
 

@@ -1,0 +1,172 @@
+"""Linear against softmax attention: forward plus backward of one layer's attention, in CPU time of one thread.
+
+    python benchmarks/bench_linear_attention.py
+    python benchmarks/bench_linear_attention.py --lengths 512 --precisions float32 --chunks 32 64 128
+
+Kernels take turns, and a ratio compares runs of the same round. Every call reads --tokens tokens (or one row, if that
+is longer) with 4 heads of 64; queries, keys and values lie in memory as a projection leaves them, features as a map
+does. "t2r + chunked" is all that stands in softmax attention's place: the map on queries and keys, then the operator.
+"naive" is left out beyond 1,024 tokens. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import torch
+from common import machine, print_table, spread
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from recur_gpt2.allocator import tune_allocator
+from recur_gpt2.attention import window_attention
+from recur_gpt2.feature_maps import make_feature_map
+from recur_gpt2.linear_attention import CHUNK, absorb, chunked, naive, step
+
+HEADS, WIDTH = 4, 64
+NAIVE_LIMIT = 1024
+BASELINE = "sdpa"
+AIMS = {256: 1.5, 512: 1.0}  # at most this many times SDPA's time, at this length and beyond up to the next
+
+
+def main() -> None:
+    args = parse()
+    tune_allocator()
+    torch.set_num_threads(1)
+    result = {
+        "benchmark": "linear_attention",
+        "settings": vars(args),
+        "machine": machine("cpu"),
+        "rows": [],
+        "step": [],
+    }
+    for precision in args.precisions:
+        for features in args.features:
+            result["rows"] += (rows := compare(args, precision, features))
+            show(rows, f"{precision}, k = {features}: milliseconds, and times {BASELINE}'s time")
+        result["step"] += [time_step(batch, getattr(torch, precision), args) for batch in (1, 32)]
+    for row in result["step"]:
+        print(f"step, {row['precision']}, batch {row['batch']}: {row['microseconds']:.0f} us a token")
+    line = json.dumps(result)
+    if args.json:
+        Path(args.json).write_text(line + "\n")
+    print(line)
+
+
+def parse() -> Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096], help="T")
+    add("--features", type=int, nargs="+", default=[32, 64], help="k")
+    add("--precisions", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
+    add("--chunks", type=int, nargs="+", default=[CHUNK], help="tokens a chunk, each a kernel of its own")
+    add("--tokens", type=int, default=2048, help="tokens a call, over as many rows as they fill")
+    add("--repeats", type=int, default=5, help="rounds, in each of which every kernel runs once")
+    add("--json", metavar="FILE", help="write the last line to a file too")
+    return parser.parse_args()
+
+
+def compare(args: Namespace, precision: str, features: int) -> list[dict]:
+    """One row of the table for each length and kernel."""
+    rows = []
+    for length in args.lengths:
+        times = interleave(args, length, features, getattr(torch, precision))
+        for name, each in times.items():
+            against = spread([own / base for own, base in zip(each, times[BASELINE], strict=True)])
+            row = {"precision": precision, "features": features, "length": length, "kernel": name}
+            rows.append(row | {"milliseconds": statistics.median(each), "times_sdpa": against})
+    return rows
+
+
+def interleave(args: Namespace, length: int, features: int, dtype: torch.dtype) -> dict[str, list[float]]:
+    """Milliseconds of each kernel in each round, after one round to warm up."""
+    torch.manual_seed(0)
+    kernels = softmax_kernels(args, length) | linear_kernels(args, length, features, dtype)
+    times = {name: [] for name in kernels}
+    for _ in range(1 + args.repeats):
+        for name, (kernel, make_inputs) in kernels.items():
+            times[name].append(milliseconds(kernel, make_inputs(dtype)))
+    return {name: each[1:] for name, each in times.items()}
+
+
+def softmax_kernels(args, length):
+    """{name: (function, its inputs' maker)}"""
+    rows = max(1, args.tokens // length)
+    nobody = torch.zeros(rows, dtype=torch.bool)
+    ours = partial(window_attention, memory=None, has_memory=nobody, scale=WIDTH**-0.5)
+    inputs = partial(projected, rows, length)
+    return {BASELINE: (partial(sdpa, is_causal=True), inputs), "window_attention": (ours, inputs)}
+
+
+def linear_kernels(args, length, features, dtype):
+    rows = max(1, args.tokens // length)
+    feature_map = make_feature_map("t2r", HEADS, WIDTH, features).to(dtype)
+
+    def mapped(query, key, value):
+        return chunked(*feature_map.features(query, key), value)
+
+    inputs = partial(mapped_inputs, rows, length, features)
+    kernels = {f"chunked, C = {size}": (partial(chunked, chunk=size), inputs) for size in args.chunks if size <= length}
+    kernels["t2r + chunked"] = (mapped, partial(projected, rows, length))
+    if length <= NAIVE_LIMIT:
+        kernels["naive"] = (naive, inputs)
+    return kernels
+
+
+def projected(rows, length, dtype):
+    """q, k and v: (B, T, 3, H, d) in memory, seen as (B, H, T, d)."""
+    parts = torch.randn(rows, length, 3, HEADS, WIDTH, dtype=dtype).unbind(dim=2)
+    return [part.transpose(1, 2).requires_grad_() for part in parts]
+
+
+def mapped_inputs(rows, length, features, dtype):
+    """phi(q) and phi(k) (B, H, T, k), and v."""
+    phi = [torch.rand(rows, HEADS, length, features, dtype=dtype).requires_grad_() for _ in range(2)]
+    return [*phi, projected(rows, length, dtype)[2]]
+
+
+def milliseconds(kernel, inputs):
+    """CPU time of forward plus backward."""
+    began = time.process_time()
+    out = kernel(*inputs)
+    out = out[0] if isinstance(out, tuple) else out
+    out.backward(torch.ones_like(out))
+    return 1e3 * (time.process_time() - began)
+
+
+@torch.no_grad()
+def time_step(batch, dtype, args):
+    """Median CPU time of `step` with the largest k."""
+    query, key, value = mapped_inputs(batch, 1, max(args.features), dtype)
+    state, times = absorb(key, value), []
+    for _ in range(50 * args.repeats):
+        began = time.process_time()
+        _, state = step(query, key, value, state)
+        times.append(1e6 * (time.process_time() - began))
+    return {"precision": str(dtype)[6:], "batch": batch, "microseconds": statistics.median(times)}
+
+
+def show(rows, title):
+    """Lengths down, kernels across."""
+    names = list(dict.fromkeys(row["kernel"] for row in rows))
+    cells = {(row["length"], row["kernel"]): cell(row) for row in rows}
+    lengths = dict.fromkeys(row["length"] for row in rows)
+    print(title)
+    print_table(
+        ["T", *names], [[str(length), *(cells.get((length, name), "-") for name in names)] for length in lengths]
+    )
+
+
+def cell(row):
+    """Milliseconds, the ratio and, for chunked, whether its aim is met."""
+    ratio = row["times_sdpa"]["median"]
+    aim = next((limit for start, limit in reversed(AIMS.items()) if row["length"] >= start), None)
+    verdict = "" if aim is None or "chunked" not in row["kernel"] else " ok" if ratio <= aim else " missed"
+    return f"{row['milliseconds']:.1f} ({ratio:.2f}{verdict})"
+
+
+if __name__ == "__main__":
+    main()
