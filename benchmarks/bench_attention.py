@@ -35,7 +35,7 @@ def kernels(memory, slots, length):
         "sdpa, zero rows": with_memory(
             lambda q, k, v: attention._causal_from_the_top(q, k, v, slots, scale=OPTIONS["scale"], dropout_p=0.0)
         ),
-        "products": with_memory(lambda q, k, v: attention._masked_products(q, k, v, visible, *OPTIONS.values())),
+        "products": with_memory(lambda q, k, v: attention._products(q, k, v, slots, None, *OPTIONS.values())),
     }
 
 

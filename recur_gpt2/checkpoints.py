@@ -1,10 +1,15 @@
-"""Checkpoints of a training run: whole or not at all, without pickle, and refused for another run's settings."""
+"""Checkpoints of a training run: whole or not at all, without pickle, and refused for another run's settings.
+
+With several processes the main one writes for all: lane states, lane positions and random numbers of each.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,72 +17,57 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import InputError
+from .processes import Processes
 from .state import RecurState
+from .windows import LanePosition
 
 KEPT = 2
 
 
 @dataclass
 class Checkpoint:
-    """Where a run stands, beside weights and optimizer.
+    """Where a run stands in one process, beside weights and optimizer.
 
     Attributes:
-        step, tokens: done so far.
+        step, tokens: done so far, by all processes together.
         precision: "float32" or "bfloat16", what the run computes in.
-        position: LanePosition as a dict.
         history: one row a step.
-        state: the lanes' state.
+        position, state: of this process's lanes.
     """
 
     step: int
     tokens: int
     precision: str
-    position: dict
     history: list[dict] = field(default_factory=list)
+    position: LanePosition | None = None
     state: RecurState | None = None
 
 
 class Checkpoints:
     """The checkpoints of one run, newest last; the newest KEPT stay."""
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, settings: dict, processes: Processes):
         """`settings`: JSON values; a checkpoint of other ones is refused."""
-        self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
+        self.folder, self.settings, self.processes = Path(folder), json.loads(json.dumps(settings)), processes
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None."""
         found = self._whole()
         return found[-1] if found else None
 
-    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint; an older one is deleted only when the new one is whole.
+    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint; an older one is deleted only when the new one is whole. Every process calls it.
 
         Raises:
             InputError: it cannot be written (a full disk); the older ones survive.
         """
-        target = self.folder / f"step-{checkpoint.step:08d}"
-        unfinished = self.folder / f"{target.name}.unfinished"
-        try:
-            for rest in self.folder.glob("*.unfinished"):  # of a run that was killed while it wrote
-                shutil.rmtree(rest)
-            unfinished.mkdir(parents=True)
-            self._write(unfinished, model, optimizer, checkpoint)
-            if target.exists():
-                shutil.rmtree(target)
-            unfinished.rename(target)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            kept = self.latest()
-            raise InputError(
-                f"the checkpoint of step {checkpoint.step} could not be written to {self.folder} ({error}); "
-                f"{'the last whole one is ' + kept.name if kept else 'there is none yet'}; make room, then --resume"
-            ) from error
-        for old in self._whole()[:-KEPT]:
-            shutil.rmtree(old)
-        return target
+        everyones = self._gather(checkpoint)
+        with self.processes.agreeing():
+            if self.processes.is_main:
+                self._save(model, optimizer, checkpoint, *everyones)
 
     def load(self, model, optimizer, device) -> Checkpoint | None:
-        """Restore the newest checkpoint into model and optimizer; None if there is none.
+        """Restore the newest checkpoint into model, optimizer and random numbers; None if there is none.
 
         Raises:
             InputError: it is damaged, or of other settings.
@@ -91,7 +81,8 @@ class Checkpoints:
             tensors = load_file(folder / "optimizer.safetensors")
             random = load_file(folder / "random.safetensors")
             state = RecurState.load(folder / "state.safetensors", device)
-            settings, checkpoint = meta["settings"], Checkpoint(**meta["run"], state=state)
+            settings, checkpoint = meta["settings"], Checkpoint(**meta["run"])
+            positions = [LanePosition(**position) for position in meta["positions"]]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"checkpoint {folder} is damaged ({error}); delete it to go on from the one before"
@@ -100,9 +91,12 @@ class Checkpoints:
         model.to(device)
         model.load_state_dict(weights, strict=False)
         _restore_optimizer(optimizer, tensors)
-        torch.set_rng_state(random["cpu"])
+        index, lanes = self.processes.index, state.batch_size // self.processes.count
+        checkpoint.position = positions[index]
+        checkpoint.state = state.select(range(index * lanes, (index + 1) * lanes))
+        torch.set_rng_state(random["cpu"][index].clone())
         if "cuda" in random and torch.cuda.is_available():
-            torch.cuda.set_rng_state(random["cuda"])
+            torch.cuda.set_rng_state(random["cuda"][index].clone())
         return checkpoint
 
     def _whole(self):
@@ -117,16 +111,57 @@ class Checkpoints:
                 f"resume with its settings or give another --output-dir"
             )
 
-    def _write(self, folder, model, optimizer, checkpoint):
-        save_file(_named_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
-        save_file(_optimizer_tensors(optimizer), folder / "optimizer.safetensors")
-        random = {"cpu": torch.get_rng_state()}
+    def _gather(self, checkpoint):
+        """What each process has of its own -> lane state, lane positions and random numbers of all, in their order."""
+        gather = self.processes.gather
+        state = checkpoint.state.detach()
+        rows = {name: gather(tensor).flatten(0, 1) for name, tensor in state.memory.items()}
+        # Training reads whole windows: there is never one that is not full.
+        state = RecurState(gather(state.windows).flatten(), gather(state.filled).flatten(), rows)
+        position = checkpoint.position
+        numbers = gather(torch.tensor([position.taken, *position.document, *position.window])).tolist()
+        lanes = len(position.document)
+        positions = [LanePosition(each[1 : 1 + lanes], each[1 + lanes :], each[0]) for each in numbers]
+        random = {"cpu": gather(torch.get_rng_state())}
         if torch.cuda.is_available():
-            random["cuda"] = torch.cuda.get_rng_state()
-        save_file(random, folder / "random.safetensors")
-        checkpoint.state.save(folder / "state.safetensors")
-        run = {key: value for key, value in vars(checkpoint).items() if key != "state"}
-        (folder / "run.json").write_text(json.dumps({"settings": self.settings, "run": run}), encoding="utf-8")
+            random["cuda"] = gather(torch.cuda.get_rng_state())
+        return state, positions, random
+
+    def _save(self, model, optimizer, checkpoint, state, positions, random):
+        try:
+            with whole_folder(self.folder / f"step-{checkpoint.step:08d}") as folder:
+                save_file(_named_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
+                save_file(_optimizer_tensors(optimizer), folder / "optimizer.safetensors")
+                save_file(random, folder / "random.safetensors")
+                state.save(folder / "state.safetensors")
+                run = {key: value for key, value in vars(checkpoint).items() if key not in ("position", "state")}
+                meta = {"settings": self.settings, "run": run, "positions": [asdict(each) for each in positions]}
+                (folder / "run.json").write_text(json.dumps(meta), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            kept = self.latest()
+            raise InputError(
+                f"the checkpoint of step {checkpoint.step} could not be written to {self.folder} ({error}); "
+                f"{'the last whole one is ' + kept.name if kept else 'there is none yet'}; make room, then --resume"
+            ) from error
+        for old in self._whole()[:-KEPT]:
+            shutil.rmtree(old)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write files in, which takes `target`'s place if the block succeeds and vanishes if it does not."""
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    try:
+        for rest in target.parent.glob("*.unfinished"):  # of a run that was killed while it wrote
+            shutil.rmtree(rest)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if target.exists():
+            shutil.rmtree(target)
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def _named_weights(model):

@@ -1,6 +1,7 @@
 """The command line: `recur-gpt2 finetune | evaluate`, and the arguments that run_pg19.py shares with it.
 
-Parses, calls, prints. Bad input ends in one sentence and exit status 2, Ctrl-C in status 130.
+Parses, calls, prints. Bad input ends in one sentence and exit status 2, Ctrl-C in status 130. Where several processes
+were started, the main one prints.
 """
 
 from __future__ import annotations
@@ -38,15 +39,25 @@ def guarded(run: Callable[[], None]) -> int:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading weights; ours stay
+    from .processes import ElsewhereError
+
     try:
         run()
+    except ElsewhereError:
+        return 2
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
+        if _is_main():
+            print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _is_main():
+    """Whether this is the main one of the processes that were started together, if there are several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> None:
@@ -89,6 +100,7 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> N
 def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
     """Run the comparison and print its table."""
     from .experiment import ExperimentArguments, run_experiment
+    from .processes import Processes
     from .report import finding, format_table
     from .training import TrainingArguments
 
@@ -96,8 +108,8 @@ def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
     training |= {key: getattr(args, key) for key in ("checkpointing", "parallel_windows", "precision", "seed")}
     options = {key: getattr(args, key) for key in ("sink_slots", "last_slots", "pooled_slots", "insert_layers")}
     name = name or Path(args.data).stem
-    results = run_experiment(
-        ExperimentArguments(
+    with Processes(args.device).agreeing():
+        experiment = ExperimentArguments(
             model=args.model,
             data=args.data,
             output_dir=args.output_dir or Path("runs") / f"{name}-w{args.window}",
@@ -112,7 +124,9 @@ def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
             device=args.device,
             resume=args.resume,
         )
-    )
+    results = run_experiment(experiment)
+    if results is None:
+        return  # the main process has them
     print(format_table(results["rows"]))
     print()
     print(finding(results["rows"]))
@@ -140,6 +154,8 @@ def _add_evaluate_arguments(parser):
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """Score documents and print a table."""
+    if not _is_main():
+        return  # one process evaluates
     import json
 
     from .experiment import evaluate_model

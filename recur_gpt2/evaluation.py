@@ -42,7 +42,7 @@ class Evaluation:
         words, bytes: (documents,) whitespace-separated words and UTF-8 bytes of each text.
         by_position: (T,) mean nats by place in the window; NaN where nothing is scored, and in the first half of
             windows that overlap, where only the first window of a document is.
-        tokens_read: tokens that went through the model, for all those scored.
+        tokens_read: tokens that went through the model, for all those scored; twice, if it read them twice.
         flops_per_token: forward FLOPs per scored token.
         seconds, peak_memory_bytes: as measured.
     """
@@ -159,7 +159,7 @@ def evaluate(
         bytes=np.array([len(text.encode()) for text in texts]),
         by_position=_mean_by_position(losses, places, window),
         tokens_read=reader.tokens,
-        flops_per_token=flops_per_token(model.config, memory=recurrent) * reader.tokens / scored,
+        flops_per_token=reader.flops(memory=recurrent) / scored,
         seconds=measured.seconds,
         peak_memory_bytes=measured.peak_memory_bytes,
     )
@@ -180,13 +180,24 @@ def _check(documents, protocol, control):
 
 
 class _Reader:
-    """Walks documents through a model and collects the loss of every token. Counts the tokens that it reads."""
+    """Walks documents through a model and collects the loss of every token.
+
+    Attributes:
+        tokens: read so far.
+        predicted: those of them whose successors were predicted: the LM head's share.
+    """
 
     def __init__(self, model, lanes, parallel_windows, dtype, progress):
         self.model, self.lanes, self.parallel_windows = model, lanes, parallel_windows
         self.dtype, self.progress = dtype, progress
         self.device = next(model.parameters()).device
-        self.tokens = 0
+        self.tokens = self.predicted = 0
+
+    def flops(self, *, memory):
+        """Forward FLOPs so far, as if every window had been full."""
+        config = self.model.config
+        head = 2 * config.n_embd * config.vocab_size
+        return (flops_per_token(config, memory=memory) - head) * self.tokens + head * self.predicted
 
     def read(self, documents, recurrent):
         """Nats per token of each document, (n - 1,) each."""
@@ -223,10 +234,10 @@ class _Reader:
         return self._walk(documents, 1, step)
 
     def _hidden(self, segment, starts, state):
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.model.transformer.read(segment.input_ids, starts, state)
+        self.tokens += segment.scored
+        return self.model.transformer.read(segment.input_ids, starts, state)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode autocast would cast all weights again at every reading
     def _walk(self, documents, windows, step):
         was_training = self.model.training
         self.model.eval()
@@ -234,18 +245,19 @@ class _Reader:
         length = self.model.config.window
         lanes = Lanes((documents[n] for n in order), lanes=min(self.lanes, len(order)), window=length)
         losses = [np.empty(len(tokens) - 1, np.float32) for tokens in documents]
+        head = self.model.lm_head.weight if self.dtype is None else self.model.lm_head.weight.to(self.dtype)
         bar = tqdm(total=sum(map(len, losses)), unit="tok", unit_scale=True, disable=not self.progress, leave=False)
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
         try:
-            while (segment := lanes.segment(windows)) is not None:
-                segment = segment.to(self.device)
-                hidden = step(segment)
-                head = self.model.lm_head.weight if self.dtype is None else self.model.lm_head.weight.to(self.dtype)
-                nats = token_losses(hidden.to(head.dtype), head, segment.targets).cpu().numpy()
-                self._collect(losses, order, segment, nats)
-                self.tokens += segment.scored
-                bar.update(segment.scored)
+            with bar, autocast:  # around all readings: it keeps the cast weights until its end
+                while (segment := lanes.segment(windows)) is not None:
+                    segment = segment.to(self.device)
+                    hidden = step(segment)
+                    nats = token_losses(hidden.to(head.dtype), head, segment.targets).cpu().numpy()
+                    self._collect(losses, order, segment, nats)
+                    self.predicted += segment.scored
+                    bar.update(segment.scored)
         finally:
-            bar.close()
             self.model.train(was_training)
         return losses
 

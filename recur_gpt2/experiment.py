@@ -1,11 +1,12 @@
 """The comparison that the project exists for: one GPT-2, one window, the same finetuning, with recurrence and without.
 
 `run_experiment` finetunes both, evaluates every protocol and control, and writes the report. run_pg19.py and
-`recur-gpt2 finetune` are thin around it.
+`recur-gpt2 finetune` are thin around it. With several processes all of them finetune, and the main one does the rest.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import shlex
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .checkpoints import whole_folder
 from .configuration import RecurGPT2Config
 from .corpora import Corpus, load_corpus
 from .errors import InputError
@@ -26,6 +29,7 @@ from .files import atomic_write_text
 from .initialization import load_config, refusing_damage
 from .modeling import RecurGPT2LMHeadModel
 from .precision import autocast_dtype
+from .processes import Processes
 from .report import gap_covered, write_report
 from .training import Trainer, TrainingArguments
 
@@ -83,29 +87,37 @@ class ExperimentArguments:
             raise InputError(f"eval_tokens={self.eval_tokens} is too few; score at least 2 tokens")
 
 
-def run_experiment(args: ExperimentArguments) -> dict:
-    """Finetune, evaluate, report. Returns what results.json holds.
+def run_experiment(args: ExperimentArguments) -> dict | None:
+    """Finetune, evaluate, report. Returns what results.json holds; None in all processes but the main one.
 
     Raises:
         InputError: bad input of any kind; nothing that an earlier run wrote is lost.
         KeyboardInterrupt: after Ctrl-C, with a checkpoint written.
     """
-    _claim(args)
-    tokenizer = load_tokenizer(args.model)
-    train = load_corpus(args.data, "train", tokenizer)
-    documents = evaluation_documents(load_corpus(args.data, args.eval_split, tokenizer), args.eval_tokens)
-    base = RecurGPT2LMHeadModel.from_gpt2(args.model, window=args.window, recurrence="none").to(args.device)
-    model = RecurGPT2LMHeadModel.from_gpt2(
-        args.model, window=args.window, recurrence=args.recurrence, **args.recurrence_options
-    )
-    args.training.precision = _precision(args, base)
+    processes = Processes(args.device)
+    with processes.main_first():  # it tokenises for all
+        if processes.is_main:
+            _claim(args)
+        tokenizer = load_tokenizer(args.model)
+        train = load_corpus(args.data, "train", tokenizer)
+        if processes.is_main:
+            documents = evaluation_documents(load_corpus(args.data, args.eval_split, tokenizer), args.eval_tokens)
+        base = RecurGPT2LMHeadModel.from_gpt2(args.model, window=args.window, recurrence="none")
+        model = RecurGPT2LMHeadModel.from_gpt2(
+            args.model, window=args.window, recurrence=args.recurrence, **args.recurrence_options
+        )
+    args.training.precision = _precision(args, base, processes)
 
-    training = {"recurrent": _finetune(args, model, train, tokenizer, "recurrent")}
-    evaluations = _evaluate_all(args, documents, tokenizer, base=base, recurrent=model.to(args.device))
+    # Both before any evaluation: the other processes need not wait for it, they are done.
+    models, training = {"base": base}, {}
+    models["recurrent"], training["recurrent"] = model, _finetune(args, model, train, tokenizer, "recurrent", processes)
     if args.control:
-        training["disjoint"] = _finetune(args, base, train, tokenizer, "disjoint")
-        evaluations |= _evaluate_all(args, documents, tokenizer, finetuned=base.to(args.device))
-    results = _results(args, evaluations, training)
+        control = models["finetuned"] = copy.deepcopy(base)
+        training["disjoint"] = _finetune(args, control, train, tokenizer, "disjoint", processes)
+    processes.leave()
+    if not processes.is_main:
+        return None
+    results = _results(args, _evaluate_all(args, documents, tokenizer, models), training, processes)
     write_report(results, args.output_dir)
     return results
 
@@ -157,21 +169,34 @@ def _settings(args):
     return settings | {"command": shlex.join(["python", *sys.argv] if sys.argv[0].endswith(".py") else sys.argv)}
 
 
-def _precision(args, model):
-    dtype = autocast_dtype(model, args.training.precision)
-    return "float32" if dtype is None else "bfloat16"
+def _precision(args, model, processes):
+    """What all compute in: as the main process measures."""
+    dtype = autocast_dtype(model.to(processes.device), args.training.precision)
+    model.cpu()
+    return "bfloat16" if processes.any(processes.is_main and dtype is not None) else "float32"
 
 
-def _finetune(args, model, corpus, tokenizer, name):
+def _finetune(args, model, corpus, tokenizer, name, processes):
     folder = args.output_dir / name
     settings = TrainingArguments(**asdict(args.training) | {"recurrent": name == "recurrent"})
     trainer = Trainer(model, corpus, settings, folder, device=args.device)
     history = trainer.run(resume=args.resume, description=f"finetuning, {name}")
-    model.save_pretrained(folder / "model", tokenizer=tokenizer)
+    model.cpu()
+    with processes.agreeing():
+        if processes.is_main:
+            _save_model(model, tokenizer, folder / "model")
     return history
 
 
-def _evaluate_all(args, documents, tokenizer, **models) -> dict[str, Evaluation]:
+def _save_model(model, tokenizer, folder):
+    try:
+        with whole_folder(folder) as unfinished:
+            model.save_pretrained(unfinished, tokenizer=tokenizer)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the model could not be written to {folder} ({error}); make room, then --resume") from error
+
+
+def _evaluate_all(args, documents, tokenizer, models) -> dict[str, Evaluation]:
     """{row name: evaluation} for each model: apart, overlapping and, with recurrence, the controls."""
     dtype = torch.bfloat16 if args.training.precision == "bfloat16" else None
     plans = {}
@@ -187,9 +212,10 @@ def _evaluate_all(args, documents, tokenizer, **models) -> dict[str, Evaluation]
     if len(documents) < 2:
         plans.pop("recurrent_shuffled", None)
     plans = {row: plan for row, plan in plans.items() if args.rows is None or row in args.rows}
-    return {
-        row: evaluate(
-            model,
+    evaluations = {}
+    for row, (model, protocol, control) in plans.items():
+        evaluations[row] = evaluate(
+            model.to(args.device),
             documents,
             tokenizer,
             protocol=protocol,
@@ -198,11 +224,11 @@ def _evaluate_all(args, documents, tokenizer, **models) -> dict[str, Evaluation]
             dtype=dtype,
             progress=True,
         )
-        for row, (model, protocol, control) in plans.items()
-    }
+        model.cpu()  # a row's peak memory is that of its own model
+    return evaluations
 
 
-def _results(args, evaluations, training):
+def _results(args, evaluations, training, processes):
     names = [name for name in ROW_ORDER if name in evaluations]
     rows = [evaluations[name].row(name, protocol_of(name), args.window) for name in names]
     covered = gap_covered(rows)
@@ -214,7 +240,7 @@ def _results(args, evaluations, training):
     versions = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
     return {
         "rows": rows,
-        "settings": _settings(args),
+        "settings": _settings(args) | {"processes": processes.count},
         "versions": versions,
         "loss_by_position": positions,
         "loss_by_document": {name: [float(losses.sum()) for losses in evaluations[name].losses] for name in names},

@@ -75,6 +75,10 @@ def fit_slots(model: RecurGPT2Model) -> None:
     window, and the last of them once more at the positions in front of a window; the difference of the mean keys and
     values, layer by layer, is the slots' initial shift. A sink starts as the mean key and value of the first
     position, and a pooled slot as an average token in front of the window. docs/ablation.md has what this gains.
+
+    Where the window takes so many positions that too few are left in front of it, the slots stand from the first ones
+    on all the same, beside the window's own first tokens: a slot that says "the end" is one that the window's queries
+    have never seen in front of them, and costs far more than one that shares its position.
     """
     config = model.config
     if config.pool_layers or not model.recurrence:
@@ -82,13 +86,14 @@ def fit_slots(model: RecurGPT2Model) -> None:
     last, offset, end = config.last_slots, config.position_offset, config.position_offset + config.window
     tokens = _likely_tokens(model, (SAMPLES, end))
     at_end = _mean_keys_and_values(model, tokens, torch.arange(end))
-    in_front = torch.arange(offset - last, offset).clamp_min(0)
+    first = max(offset - last, min(config.sink_slots, 1))
+    in_front = (first + torch.arange(last)).clamp_max(config.n_positions - 1)
     again = torch.cat((tokens[:, :1], tokens[:, end - last :]), dim=1)
     at_front = _mean_keys_and_values(model, again, torch.cat((torch.zeros(1, dtype=torch.int64), in_front)))
     for name, recurrence in model.recurrence.items():
         front, back = at_front[int(name)], at_end[int(name)]
         recurrence.sink[:] = front[..., :1, :]
-        if last and offset:
+        if last:
             recurrence.shift[..., config.pooled_slots :, :] = front[..., 1:, :] - back[..., end - last :, :]
             pooled = front[..., 1:, :].mean(dim=-2) - back[..., offset:, :].mean(dim=-2)
             recurrence.shift[..., : config.pooled_slots, :] = pooled[..., None, :]

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-CHUNK_LOGITS = 2**22  # logits at a time: small enough for a processor's cache, large enough for a GPU
+# A chunk: on a CPU, rows enough that the products outweigh reading the head and adding to its gradient, which are the
+# same for any number of them (docs/performance.md); elsewhere few large kernels, a quarter of a gigabyte of logits.
+CPU_ROWS = 256
+LOGITS = 2**26
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -25,9 +28,10 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     flat, target = hidden.flatten(0, -2), targets.flatten()
     losses = torch.zeros(len(flat), device=hidden.device)
     with torch.no_grad():
-        for rows in _chunks(len(flat), weight.shape[0]):
+        head = weight.T.to(flat.dtype)
+        for rows in _chunks(flat, weight):
             losses[rows] = torch.nn.functional.cross_entropy(
-                (flat[rows] @ weight.T.to(flat.dtype)).float(), target[rows], ignore_index=IGNORE, reduction="none"
+                (flat[rows] @ head).float(), target[rows], ignore_index=IGNORE, reduction="none"
             )
     return losses.view(targets.shape)
 
@@ -44,9 +48,10 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return _SummedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), dtype)
 
 
-def _chunks(rows, vocabulary):
-    step = max(64, CHUNK_LOGITS // vocabulary)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+def _chunks(hidden, weight):
+    """Slices of the rows of `hidden` (N, D)."""
+    step = CPU_ROWS if hidden.device.type == "cpu" else max(CPU_ROWS, LOGITS // len(weight))
+    return [slice(start, min(start + step, len(hidden))) for start in range(0, len(hidden), step)]
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -54,29 +59,54 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype):
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        low, head = hidden.to(dtype), weight.to(dtype)
-        grad_hidden = torch.empty_like(low) if wanted else None
-        wide = torch.promote_types(dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted else None
-        total = hidden.new_zeros((), dtype=wide)
-        for rows in _chunks(len(low), len(head)):
-            scored = targets[rows] != IGNORE
-            target = targets[rows].clamp_min(0)[:, None]
-            softmax = (low[rows] @ head.T).softmax(dim=-1, dtype=total.dtype)
-            picked = softmax.gather(1, target)
-            total -= (picked.clamp_min(torch.finfo(total.dtype).tiny).log().squeeze(1) * scored).sum()
-            if wanted:
-                grad = softmax.scatter_(1, target, picked - 1).mul_(scored[:, None]).to(dtype)
-                torch.mm(grad, head, out=grad_hidden[rows])
-                grad_weight += grad.T @ low[rows]
-        if wanted:
-            ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.dtypes = hidden.dtype, weight.dtype
+        total, ctx.gradients = _loss_and_gradients(hidden, weight, targets, dtype, ctx.needs_input_grad)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.dtype = dtype
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
-        return (grad_hidden * grad_total).to(hidden_dtype), (grad_weight * grad_total).to(weight_dtype), None, None
+        hidden, weight, targets = ctx.saved_tensors
+        # Scaled in place and given away: a second tensor as large as the head would stand at the peak of memory. So a
+        # graph that is run through twice makes them again.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, gradients = _loss_and_gradients(hidden, weight, targets, ctx.dtype, ctx.needs_input_grad)
+        inputs = hidden, weight
+        scaled = [
+            None if gradient is None else gradient.mul_(grad_total).to(given.dtype)
+            for gradient, given in zip(gradients, inputs, strict=True)
+        ]
+        return *scaled, None, None
+
+
+def _loss_and_gradients(hidden, weight, targets, dtype, wanted):
+    """(N, D), (V, D), (N,) -> the loss (), and its gradients (N, D) and (V, D), None where not `wanted`."""
+    low, head, wide = hidden.to(dtype), weight.to(dtype), torch.promote_types(dtype, torch.float32)
+    grad_hidden = torch.empty_like(low) if wanted[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+    total = low.new_zeros((), dtype=wide)
+    scored = (targets != IGNORE)[:, None]
+    for rows in _chunks(low, head):
+        loss, gradient = _chunk(low[rows], head, targets[rows], wide, any(wanted[:2]))
+        total += loss
+        # Rows that are not scored are left out here, where they have D numbers and not V.
+        if wanted[0]:
+            torch.mm(gradient, head, out=grad_hidden[rows]).mul_(scored[rows])
+        if wanted[1]:
+            grad_weight += gradient.T @ (low[rows] * scored[rows])
+        del gradient  # as large as the logits: gone before the next one is made
+    return total, (grad_hidden, grad_weight)
+
+
+def _chunk(hidden, head, targets, wide, wanted):
+    """The loss of some rows, and its gradient by their logits (n, V) as if each were scored, None if not `wanted`.
+
+    A function, so that one chunk's logits are gone before the next one's are made.
+    """
+    target = targets.clamp_min(0)[:, None]
+    softmax = (hidden @ head.T).softmax(dim=-1, dtype=wide)
+    picked = softmax.gather(1, target)
+    nats = -picked.clamp_min(torch.finfo(wide).tiny).log().squeeze(1)
+    gradient = softmax.scatter_(1, target, picked - 1).to(hidden.dtype) if wanted else None
+    return (nats * (targets != IGNORE)).sum(), gradient

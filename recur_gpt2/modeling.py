@@ -192,7 +192,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         has_memory[:, 0] = state.windows > 0
         tokens = torch.full((rows,), windows * length)
         stretch = FreshWindows(state, has_memory & ~starts, tokens, self.config.window)
-        hidden, state = self._run(input_ids, stretch)
+        hidden, state = self._run(input_ids, stretch, every_layer=False)
         return hidden[-1], state
 
     def _checked_state(self, state, rows):
@@ -225,12 +225,12 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         ids = packing.take(rows, done[rows], int(tokens.max()) if windows == 1 else windows * window)
         return rows, FreshWindows(picked, has_memory, tokens, window), ids.view(len(rows), windows, -1), tokens
 
-    def _run(self, input_ids, stretch):
-        """(B, W, T) tokens -> list of L + 1 hidden states (B, W, T, D), next state."""
+    def _run(self, input_ids, stretch, every_layer=True):
+        """(B, W, T) tokens -> list of hidden states (B, W, T, D), L + 1 of them or the last ones; next state."""
         positions = stretch.positions(input_ids.shape[2], self.config.position_offset).to(input_ids.device)
-        hidden = [self.drop(self.wte(input_ids) + self.wpe(positions))]
-        walk = (PooledWalk if self.config.pool_layers else LayerWalk)(self, stretch)
-        hidden += walk.run(hidden[0])
+        embedded = self.drop(self.wte(input_ids) + self.wpe(positions))
+        walk = (PooledWalk if self.config.pool_layers else LayerWalk)(self, stretch, every_layer=every_layer)
+        hidden = [*([embedded] if every_layer else []), *walk.run(embedded)]
         hidden[-1] = self.ln_f(hidden[-1])
         return hidden, stretch.next_state(walk.memory, walk.window)
 

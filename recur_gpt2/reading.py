@@ -2,7 +2,8 @@
 
 `FreshWindows` reads W windows of each row at once, from their first token on; `ResumedWindows` continues windows that
 are not full. The model runs its layers over either one alike. B rows, W windows, T tokens a window, H heads,
-d = D / H. All counters are on the CPU, so that no decision waits for a GPU.
+d = D / H. All decisions are made from Python numbers, taken from the state's counters once: none waits for a GPU, and
+none breaks the graph of torch.compile at every layer.
 """
 
 from __future__ import annotations
@@ -18,15 +19,22 @@ class FreshWindows:
     """W windows of each of B rows, all read from their first token on.
 
     Attributes:
-        has_memory: (B, W) bool, whether each window continues the one before.
-        completed: (B,) int64, windows of each row that end full.
-        filled: (B,) int64, tokens in each row's unfinished window afterwards.
+        has_memory: (B, W) bool on the CPU, whether each window continues the one before.
+        completed: B numbers, windows of each row that end full.
+        filled: B numbers, tokens in each row's unfinished window afterwards.
     """
 
     def __init__(self, state: RecurState, has_memory: Tensor, tokens: Tensor, window: int):
         """`tokens`: (B,) int64, tokens of each row; whatever lies beyond them is padding."""
         self.state, self.has_memory, self.tokens, self.window = state, has_memory, tokens, window
-        self.completed, self.filled = tokens // window, tokens % window
+        counts = tokens.tolist()
+        self.completed, self.filled = [n // window for n in counts], [n % window for n in counts]
+        self._continues, self._windows_before = has_memory.tolist(), state.windows.tolist()
+
+    def reads(self, windows: slice = slice(None)) -> bool | Tensor:
+        """Whether these windows have memory: True, False or, where they differ, (B * W,) bool."""
+        each = [has for row in self._continues for has in row[windows]]
+        return each[0] if _alike(each) else torch.tensor(each)
 
     def positions(self, length: int, offset: int) -> Tensor:
         """(B, W, T) int64 position ids; a window that has memory is shifted by `offset`."""
@@ -41,21 +49,23 @@ class FreshWindows:
         """(B, W, H, T, d) new keys and values -> those of the windows so far: the same."""
         return key, value
 
-    def attend(self, query, key, value, memory: KeyValue | None, has_memory: Tensor, **options) -> Tensor:
-        """(B, W, H, T, d) each, memory (B, W, H, M, d), has_memory (B, W) -> (B, W, H, T, d)."""
+    def attend(self, query, key, value, memory: KeyValue | None, has_memory: bool | Tensor, **options) -> Tensor:
+        """(B, W, H, T, d) each, memory (B, W, H, M, d), has_memory as `reads` tells it -> (B, W, H, T, d)."""
         flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
         memory = None if memory is None else tuple(tensor.flatten(0, 1) for tensor in memory)
-        return window_attention(*flat, memory, has_memory.flatten(), **options).view(query.shape)
+        return window_attention(*flat, memory, has_memory, **options).view(query.shape)
 
     def next_state(self, memory: dict[str, Tensor], window: dict[str, Tensor]) -> RecurState:
-        windows = self.state.windows
-        for number, continues in enumerate(self.has_memory.unbind(dim=1)):
-            windows = torch.where(continues, windows, 0) + (number < self.completed).long()
-        return RecurState(windows, self.filled, memory, window)
+        windows = []
+        for count, continues, completed in zip(self._windows_before, self._continues, self.completed, strict=True):
+            for number, has_memory in enumerate(continues):
+                count = count * has_memory + (number < completed)
+            windows.append(count)
+        return RecurState(torch.tensor(windows), torch.tensor(self.filled), memory, window)
 
     def after_completed(self, each: Tensor, before: Tensor | None) -> Tensor:
         """(B, W, ...) raw memory after each window -> (B, ...) after each row's last full window."""
-        if bool((self.completed == each.shape[1]).all()):
+        if min(self.completed) == each.shape[1]:
             return each[:, -1].clone()  # a view would keep the memory of all the windows
         if before is None:
             before = torch.zeros_like(each[:, 0])
@@ -63,16 +73,20 @@ class FreshWindows:
 
     def unfinished(self, key: Tensor, value: Tensor) -> Tensor:
         """(B, W, H, T, d) -> (B, 2, H, F, d) of each row's unfinished window, zero beyond its tokens."""
-        longest = int(self.filled.max())
-        index = self.completed.clamp_max(key.shape[1] - 1)
+        longest, index = max(self.filled), self._last_begun(key.shape[1])
         kept = torch.stack([_pick(tensor, index)[..., :longest, :] for tensor in (key, value)], dim=1)
-        inside = (torch.arange(longest) < self.filled[:, None]).to(kept.device)
+        if _alike(self.filled):
+            return kept
+        inside = (torch.arange(longest) < torch.tensor(self.filled)[:, None]).to(kept.device)
         return kept * inside[:, None, None, :, None]
 
     def unfinished_sum(self, sums: Tensor) -> Tensor:
         """(B, W, p, D) -> (B, p, D) of each row's unfinished window, zero where there is none."""
-        kept = _pick(sums, self.completed.clamp_max(sums.shape[1] - 1))
-        return kept * (self.filled > 0).to(kept.device)[:, None, None]
+        kept = _pick(sums, self._last_begun(sums.shape[1]))
+        return kept * (torch.tensor(self.filled) > 0).to(kept.device)[:, None, None]
+
+    def _last_begun(self, windows):
+        return [min(completed, windows - 1) for completed in self.completed]
 
 
 class ResumedWindows(FreshWindows):
@@ -80,7 +94,7 @@ class ResumedWindows(FreshWindows):
 
     def __init__(self, state: RecurState, has_memory: Tensor, tokens: Tensor, window: int):
         super().__init__(state, has_memory, state.filled + tokens, window)
-        self.new_tokens = tokens
+        self.new_tokens, self._filled_before = tokens, state.filled.tolist()
 
     def positions(self, length: int, offset: int) -> Tensor:
         places = self.state.filled[:, None, None] + super().positions(length, offset)
@@ -99,25 +113,29 @@ class ResumedWindows(FreshWindows):
 
     def _append(self, old, new):
         """(B, 2, H, F, d) and (B, 2, H, n, d) -> (B, 2, H, F', d), row b's new ones at `filled[b]`."""
-        filled = self.state.filled
-        if bool((filled == filled[0]).all()):
-            return torch.cat((old[..., : int(filled[0]), :], new.to(old.dtype)), dim=-2)
-        rows, length = len(filled), int((filled + self.new_tokens).max())
-        room = max(length, int(filled.max()) + new.shape[-2])
+        filled = self._filled_before
+        if _alike(filled):
+            return torch.cat((old[..., : filled[0], :], new.to(old.dtype)), dim=-2)
+        length = int((self.state.filled + self.new_tokens).max())
+        room = max(length, max(filled) + new.shape[-2])
         both = old.new_zeros(*old.shape[:-2], room, old.shape[-1])
         both[..., : old.shape[-2], :] = old
-        places = (filled[:, None] + torch.arange(new.shape[-2])).to(old.device)
-        index = places.view(rows, 1, 1, -1, 1).expand_as(new)
+        places = (self.state.filled[:, None] + torch.arange(new.shape[-2])).to(old.device)
+        index = places.view(len(filled), 1, 1, -1, 1).expand_as(new)
         return both.scatter(-2, index, new.to(old.dtype))[..., :length, :]
 
-    def attend(self, query, key, value, memory: KeyValue | None, has_memory: Tensor, **options) -> Tensor:
+    def attend(self, query, key, value, memory: KeyValue | None, has_memory: bool | Tensor, **options) -> Tensor:
         memory = None if memory is None else tuple(tensor[:, 0] for tensor in memory)
         parts = query[:, 0], key[:, 0], value[:, 0]
-        return resumed_attention(*parts, memory, has_memory[:, 0], self.state.filled, **options)[:, None]
+        return resumed_attention(*parts, memory, has_memory, self._filled_before, **options)[:, None]
+
+
+def _alike(numbers):
+    return len(set(numbers)) == 1
 
 
 def _pick(tensor, index):
     """tensor[b, index[b]] for every row b; a plain slice where all rows agree."""
-    if bool((index == index[0]).all()):
-        return tensor[:, int(index[0])]
-    return tensor[torch.arange(len(index), device=tensor.device), index.to(tensor.device)]
+    if _alike(index):
+        return tensor[:, index[0]]
+    return tensor[torch.arange(len(index), device=tensor.device), torch.tensor(index, device=tensor.device)]

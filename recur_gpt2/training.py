@@ -1,7 +1,8 @@
 """Windowed finetuning: truncated backpropagation through time over lanes of windows.
 
-A step reads a segment of K windows in every lane, with the state that the segment before left, detached. Not for
-what a checkpoint holds (checkpoints.py), nor for scoring (evaluation.py).
+A step reads a segment of K windows in every lane, with the state that the segment before left, detached. Several
+processes, each with lanes of its own, compute what one process with all their lanes would. Not for what a checkpoint
+holds (checkpoints.py), nor for scoring (evaluation.py).
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -26,8 +25,10 @@ from .errors import InputError
 from .losses import summed_loss
 from .modeling import RecurGPT2LMHeadModel
 from .precision import autocast_dtype
+from .processes import Processes
+from .recomputation import recomputed
 from .state import RecurState
-from .windows import LanePosition, Segment, TrainingLanes
+from .windows import Segment, TrainingLanes
 
 if TYPE_CHECKING:
     from .corpora import Corpus
@@ -92,22 +93,35 @@ class SegmentLoss(nn.Module):
         self.model, self.args = model, args
 
     def forward(self, segment: Segment, state: RecurState | None) -> tuple[Tensor, RecurState]:
-        total = 0.0
         starts = segment.starts if self.args.recurrent else torch.ones_like(segment.starts)
-        for first in range(0, starts.shape[1], self.args.block):
-            part = slice(first, first + self.args.block)
-            inputs = segment.input_ids[:, part], segment.targets[:, part], starts[:, part], state
-            if self.args.checkpointing:
-                loss, state = checkpoint(self._block, *inputs, use_reentrant=False)
-            else:
-                loss, state = self._block(*inputs)
-            total = total + loss
-        return total, state
+        whole = segment.input_ids, segment.targets, starts
+        parts = zip(*(tensor.split(self.args.block, dim=1) for tensor in whole), strict=True)
+        blocks = [_Block(self.model, *part) for part in parts]
+        state = RecurState.empty(len(starts)) if state is None else state
+        if self.args.checkpointing:
+            return recomputed(blocks, state, list(self.model.parameters()))
+        hidden = []
+        for block in blocks:
+            each, state = block.read(state)
+            hidden.append(each)
+        # One loss for all: each would keep a gradient of its own as large as the head.
+        return _Block(self.model, *whole).loss(torch.cat(hidden, dim=1)), state
 
-    def _block(self, input_ids, targets, starts, state):
-        """A pure function of tokens, state and parameters, so that it can be computed again."""
-        hidden, state = self.model.transformer.read(input_ids, starts, state)
-        return summed_loss(hidden, self.model.lm_head.weight, targets), state
+
+@dataclass
+class _Block:
+    """Some windows of each lane. P windows: input_ids and targets (B, P, T), starts (B, P)."""
+
+    model: RecurGPT2LMHeadModel
+    input_ids: Tensor
+    targets: Tensor
+    starts: Tensor
+
+    def read(self, state: RecurState) -> tuple[Tensor, RecurState]:
+        return self.model.transformer.read(self.input_ids, self.starts, state)
+
+    def loss(self, hidden: Tensor) -> Tensor:
+        return summed_loss(hidden, self.model.lm_head.weight, self.targets)
 
 
 class Trainer:
@@ -125,12 +139,8 @@ class Trainer:
         """`folder` holds checkpoints and logs. `device`: "auto", "cpu" or "cuda"."""
         self.args, self.folder, self.corpus = args, Path(folder), corpus
         self.model = model
-        # A segment may read no memory, or a preset leave out a kind of slot: not every parameter has a gradient.
-        parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(
-            cpu=device == "cpu", gradient_accumulation_steps=args.accumulate, kwargs_handlers=[parallel]
-        )
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", self._settings())
+        self.processes = Processes(device)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self._settings(), self.processes)
         self.history: list[dict] = []
         self._stop = False
 
@@ -145,26 +155,31 @@ class Trainer:
                 training diverged; or the disk is full.
             KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
         """
-        if not resume and self.checkpoints.latest() is not None:
-            raise InputError(
-                f"{self.folder} already holds a run's checkpoints; resume that run or give another --output-dir"
-            )
-        if resume and self.accelerator.num_processes > 1:
-            raise InputError(
-                f"a run of {self.accelerator.num_processes} processes cannot be resumed, as its checkpoints hold the "
-                f"first one's state alone; start it again, or train in one process"
-            )
-        torch.manual_seed(self.args.seed)
-        loss = SegmentLoss(self.model, self.args)
-        optimizer = make_optimizer(self.model, self.args)
-        saved = self.checkpoints.load(self.model, optimizer, self.accelerator.device) if resume else None
+        processes = self.processes
+        with processes.agreeing():
+            if not resume and self.checkpoints.latest() is not None:
+                raise InputError(
+                    f"{self.folder} already holds a run's checkpoints; resume that run or give another --output-dir"
+                )
+            torch.manual_seed(self.args.seed + processes.index)  # dropout differs between processes
+            self.model.to(processes.device)
+            optimizer = make_optimizer(self.model, self.args)
+            saved = self.checkpoints.load(self.model, optimizer, processes.device) if resume else None
+            step, tokens, state, lanes = self._start(saved)
+        processes.share_parameters(self.model)
         dtype = self._dtype(saved)
-        loss, optimizer = self.accelerator.prepare(loss, optimizer)
+        loss = SegmentLoss(self.model, self.args)
         self.model.train()
-        step, tokens, state, lanes = self._start(saved)
         # From purge_step on, TensorBoard forgets what a killed run logged after its last checkpoint.
-        writer = SummaryWriter(self.folder / "logs", purge_step=step + 1) if self.accelerator.is_main_process else None
-        bar = tqdm(total=self.args.steps, initial=step, desc=description, unit="step", dynamic_ncols=True)
+        writer = SummaryWriter(self.folder / "logs", purge_step=step + 1) if processes.is_main else None
+        bar = tqdm(
+            total=self.args.steps,
+            initial=step,
+            desc=description,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not processes.is_main,
+        )
         stopping = False  # looked up once a step: a signal in between is one for the next step
         with self._interruptible(), bar:
             while step < self.args.steps and not stopping:
@@ -176,39 +191,43 @@ class Trainer:
                 row["tokens_per_second"] = count / (time.perf_counter() - began)
                 self.history.append(row)
                 self._log(writer, bar, row)
-                stopping = self._stop
+                stopping = processes.any(self._stop)
                 if step % self.args.save_every == 0 or step == self.args.steps or stopping:
                     self._save(step, tokens, optimizer, state, lanes, dtype)
         if writer is not None:
             writer.close()
         self.model.eval()
-        if self._stop:
+        if processes.any(self._stop):
             raise KeyboardInterrupt(f"stopped after step {step}; --resume goes on from there")
         return self.history
 
     def _step(self, loss, optimizer, lanes, state, dtype):
-        nats = count = 0
-        device = self.accelerator.device
+        """One optimizer step -> nats and scored tokens of all processes, and the state of this one's lanes."""
+        nats, count, device = 0.0, 0, self.processes.device
         for _ in range(self.args.accumulate):
             segment = lanes.segment(self.args.bptt)
             state = None if state is None else state.detach()
-            with self.accelerator.accumulate(loss), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            # A token weighs the same in whichever process it is scored.
+            scored = int(self.processes.sum(segment.scored))
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 total, state = loss(segment.to(device), state)
-                self.accelerator.backward(total / max(1, segment.scored))
-                norm = None
-                if self.accelerator.sync_gradients:  # the gradient of all segments together, not of each on the way
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.clip)
-                nats, count = nats + total.item(), count + segment.scored
-                self._check(nats, norm, optimizer)
-                optimizer.step()
-                optimizer.zero_grad()
+            (total / (max(1, scored) * self.args.accumulate)).backward()
+            nats, count = nats + total.item(), count + scored
+        self.processes.sum_gradients(self.model)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+        nats = self.processes.sum(nats)
+        self._check(nats, float(norm))
+        optimizer.step()
+        optimizer.zero_grad()
         return nats, count, state
 
-    def _check(self, nats, norm, optimizer):
-        """Refuse to take a step that would spoil the weights."""
-        if not math.isfinite(nats) or (norm is not None and not math.isfinite(float(norm))):
-            kept = self.checkpoints.latest()
-            at = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
+    def _check(self, nats, norm):
+        """Refuse to take a step that would spoil the weights. The numbers are the same in all processes."""
+        if math.isfinite(nats) and math.isfinite(norm):
+            return
+        kept = self.checkpoints.latest()
+        at = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
+        with self.processes.agreeing():
             raise InputError(
                 f"training diverged at step {len(self.history) + 1} (the loss or its gradient is not finite); {at}; "
                 f"lower --lr (it was {self.args.lr:g})"
@@ -219,23 +238,23 @@ class Trainer:
         for free in ("save_every", "checkpointing", "parallel_windows", "precision"):
             settings.pop(free)
         config = {key: value for key, value in self.model.config.to_dict().items() if key in MODEL_SETTINGS}
-        return settings | config | {"data": self.corpus.fingerprint, "processes": self.accelerator.num_processes}
+        return settings | config | {"data": self.corpus.fingerprint, "processes": self.processes.count}
 
     def _dtype(self, saved):
-        """What to compute in; a resumed run goes on in the type that it began with."""
+        """What to compute in: as the main process measures; a resumed run goes on in the type that it began with."""
         if saved is not None:
             return torch.bfloat16 if saved.precision == "bfloat16" else None
-        return autocast_dtype(self.model.to(self.accelerator.device), self.args.precision)
+        dtype = autocast_dtype(self.model, self.args.precision)
+        return torch.bfloat16 if self.processes.any(self.processes.is_main and dtype is not None) else None
 
     def _start(self, saved: Checkpoint | None):
-        position = None if saved is None else LanePosition(**saved.position)
         lanes = TrainingLanes(
             self.corpus,
             lanes=self.args.lanes,
             window=self.model.config.window,
             seed=self.args.seed,
-            position=position,
-            share=(self.accelerator.process_index, self.accelerator.num_processes),
+            position=None if saved is None else saved.position,
+            share=(self.processes.index, self.processes.count),
         )
         if saved is None:
             return 0, 0, None, lanes
@@ -243,12 +262,9 @@ class Trainer:
         return saved.step, saved.tokens, saved.state, lanes
 
     def _save(self, step, tokens, optimizer, state, lanes, dtype):
-        if self.accelerator.is_main_process:
-            precision = "float32" if dtype is None else "bfloat16"
-            position = asdict(lanes.position())
-            self.checkpoints.save(
-                self.model, optimizer, Checkpoint(step, tokens, precision, position, self.history, state.detach())
-            )
+        precision = "float32" if dtype is None else "bfloat16"
+        checkpoint = Checkpoint(step, tokens, precision, self.history, lanes.position(), state)
+        self.checkpoints.save(self.model, optimizer, checkpoint)
 
     def _log(self, writer, bar, row):
         bar.update()

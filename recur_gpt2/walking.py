@@ -25,27 +25,32 @@ class LayerWalk:
         memory, window: what the stretch leaves, in RecurState's terms; complete after `run`.
     """
 
-    def __init__(self, model: RecurGPT2Model, stretch: FreshWindows):
-        self.model, self.stretch = model, stretch
+    def __init__(self, model: RecurGPT2Model, stretch: FreshWindows, *, every_layer: bool):
+        """`every_layer`: keep the output of each layer, not of the last one alone."""
+        self.model, self.stretch, self.every_layer = model, stretch, every_layer
+        self.has_memory = stretch.reads()
         self.memory: dict[str, Tensor] = {}
         self.window: dict[str, Tensor] = {}
 
     def run(self, hidden: Tensor) -> list[Tensor]:
-        """(B, W, T, D) embeddings -> the output of each layer."""
+        """(B, W, T, D) embeddings -> the output of each layer, or of the last one."""
         outputs = []
         for layer in range(len(self.model.h)):
             hidden = self._layer(layer, hidden)
-            outputs.append(hidden)
+            outputs = self._kept(outputs, hidden)
         return outputs
+
+    def _kept(self, outputs, hidden):
+        return [*outputs, hidden] if self.every_layer else [hidden]
 
     def _layer(self, layer, hidden):
         name, block = str(layer), self.model.h[layer]
         query, key, value = block.project(hidden)
         key, value = self.stretch.extend(name, key, value)
         memory = self._memory(name, key, value) if name in self.model.recurrence else None
-        if bool(self.stretch.filled.any()):
+        if any(self.stretch.filled):
             self.window[name] = self.stretch.unfinished(key, value)
-        attended = self.stretch.attend(query, key, value, memory, self.stretch.has_memory, **block.attention_options)
+        attended = self.stretch.attend(query, key, value, memory, self.has_memory, **block.attention_options)
         return block.finish(hidden, attended)
 
     def _memory(self, name, key, value) -> KeyValue | None:
@@ -53,12 +58,12 @@ class LayerWalk:
         recurrence, stretch = self.model.recurrence[name], self.stretch
         before = stretch.state.memory.get(name)
         written = None
-        if bool(stretch.completed.any()):
+        if any(stretch.completed):
             written = recurrence.write(key, value, before, stretch.has_memory)
             self.memory[name] = stretch.after_completed(written, before)
         elif before is not None:
             self.memory[name] = before
-        if not bool(stretch.has_memory.any()):
+        if self.has_memory is False:
             return None
         first = recurrence.empty(len(key), like=key) if before is None else before
         raw = first[:, None]
@@ -74,8 +79,8 @@ class PooledWalk(LayerWalk):
     above it, and everywhere if all poolings lie below all insertions, they pass the layers together.
     """
 
-    def __init__(self, model: RecurGPT2Model, stretch: FreshWindows):
-        super().__init__(model, stretch)
+    def __init__(self, model: RecurGPT2Model, stretch: FreshWindows, *, every_layer: bool):
+        super().__init__(model, stretch, every_layer=every_layer)
         self.recurrence = model.recurrence["pooled"]
         self.sums: dict[int, list[Tensor]] = {layer: [] for layer in model.config.pool_layers}
         self.cache: dict[str, list[KeyValue]] = {}
@@ -106,20 +111,20 @@ class PooledWalk(LayerWalk):
 
     def _span(self, layers, hidden, windows, memory):
         """Some layers over some windows. memory: (B, W', p, D) raw memory that these windows read, or None."""
-        outputs = []
+        outputs, has_memory = [], self.stretch.reads(windows)
         for layer in layers:
-            hidden = self._pooled_layer(layer, hidden, windows, memory)
-            outputs.append(hidden)
+            hidden = self._pooled_layer(layer, hidden, has_memory, memory)
+            outputs = self._kept(outputs, hidden)
             if layer in self.sums:
                 self.sums[layer].append(self._sum(hidden, windows))
         return outputs
 
-    def _pooled_layer(self, layer, hidden, windows, memory):
-        name, block, has_memory = str(layer), self.model.h[layer], self.stretch.has_memory[:, windows]
+    def _pooled_layer(self, layer, hidden, has_memory, memory):
+        name, block = str(layer), self.model.h[layer]
         query, key, value = block.project(hidden)
         key, value = self.stretch.extend(name, key, value)
         self.cache.setdefault(name, []).append((key, value))
-        if layer not in self.model.config.insert_layers or memory is None or not bool(has_memory.any()):
+        if layer not in self.model.config.insert_layers or memory is None or has_memory is False:
             reads = None
         else:
             reads = block.project_memory(self.recurrence.read(memory))
@@ -142,7 +147,7 @@ class PooledWalk(LayerWalk):
 
     def _shifted(self, means):
         """(B, W, p, D) after each window -> before each window; None if no window has memory."""
-        if not bool(self.stretch.has_memory.any()):
+        if self.has_memory is False:
             return None
         before = self.stretch.state.memory.get("pooled")
         before = torch.zeros_like(means[:, 0]) if before is None else before
@@ -152,11 +157,11 @@ class PooledWalk(LayerWalk):
         """Leave the memory after the last full window, and sums and caches of the unfinished one."""
         stretch, before = self.stretch, self.stretch.state.memory.get("pooled")
         means = self._means()
-        if bool(stretch.completed.any()):
+        if any(stretch.completed):
             self.memory["pooled"] = stretch.after_completed(means, before)
         elif before is not None:
             self.memory["pooled"] = before
-        if bool(stretch.filled.any()):
+        if any(stretch.filled):
             self.window["pooled"] = stretch.unfinished_sum(means * stretch.window)
             for name, pieces in self.cache.items():
                 key, value = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recur_gpt2 import RecurGPT2LMHeadModel
@@ -54,6 +55,22 @@ def random_gpt2(seed=0, **options):
     """A GPT-2 of random weights, in evaluation mode."""
     torch.manual_seed(seed)
     return perturb(GPT2LMHeadModel(GPT2Config(**GPT2_OPTIONS | options)), std=0.15, seed=seed).eval()
+
+
+def assert_same_state(state, other, **tolerance):
+    """The same counters, and the same numbers wherever a row has memory or an unfinished window."""
+    assert state.windows.tolist() == other.windows.tolist()
+    assert state.filled.tolist() == other.filled.tolist()
+    groups = (
+        (state.memory, other.memory, state.windows > 0),
+        (state.window, other.window, state.filled > 0),
+    )
+    for ours, theirs, rows in groups:
+        if not rows.any():
+            continue
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert_close(tensor[rows], theirs[name][rows], **tolerance)
 
 
 @pytest.fixture(scope="session")

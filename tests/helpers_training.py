@@ -17,7 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from recur_gpt2 import RecurGPT2Config, RecurGPT2LMHeadModel
 from recur_gpt2.corpora import Corpus
+from recur_gpt2.losses import IGNORE
 from recur_gpt2.training import Trainer, TrainingArguments
+from recur_gpt2.windows import TrainingLanes
 
 WINDOW, VOCABULARY = 8, 97
 SHAPE = {
@@ -112,6 +114,52 @@ def assert_same_weights(model, other):
     left, right = weights_of(model), weights_of(other)
     differing = [name for name in left if not torch.equal(left[name], right[name])]
     assert not differing
+
+
+def plain_run(model, corpus, args, *, processes=1):
+    """Training written down plainly, window by window, with AdamW over named groups; the lanes of several processes
+    are walked one after another."""
+    shares = [(index, processes) for index in range(processes)]
+    walks = [TrainingLanes(corpus, lanes=args.lanes, window=WINDOW, seed=args.seed, share=share) for share in shares]
+    states = [None] * processes
+    new = [p for name, p in model.named_parameters() if "recurrence" in name]
+    old = [p for name, p in model.named_parameters() if "recurrence" not in name]
+    groups = [
+        {"params": [p for p in old if p.ndim > 1], "lr": args.lr, "weight_decay": args.weight_decay},
+        {"params": [p for p in old if p.ndim < 2], "lr": args.lr, "weight_decay": 0.0},
+        {"params": new, "lr": args.recurrence_lr, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=False)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    warmup = round(args.warmup * args.steps)
+    losses = []
+    for step in range(1, args.steps + 1):
+        rate = step / warmup if step <= warmup else (args.steps - step + 1) / (args.steps - warmup)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * rate
+        optimizer.zero_grad()
+        nats = count = 0
+        for _ in range(args.accumulate):
+            total = scored = 0
+            for index, walk in enumerate(walks):
+                segment = walk.segment(args.bptt)
+                state = None if states[index] is None else states[index].detach()
+                for k in range(args.bptt):
+                    window = slice(k, k + 1)
+                    starts = segment.starts[:, window]
+                    starts = starts if args.recurrent else torch.ones_like(starts)
+                    hidden, state = model.transformer.read(segment.input_ids[:, window], starts, state)
+                    logits = model.lm_head(hidden).flatten(0, -2)
+                    targets = segment.targets[:, window].flatten()
+                    total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+                states[index] = state
+                scored += int((segment.targets != IGNORE).sum())
+            (total / scored / args.accumulate).backward()
+            nats, count = nats + total.item(), count + scored
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        losses.append(nats / count)
+    return losses
 
 
 def dropout_run(folder):

@@ -37,16 +37,20 @@ def naive(inputs, has_memory, filled=(0, 0, 0)):
     return torch.stack(rows)
 
 
+def told(has_memory):
+    """As the functions want it: one truth where rows agree, else a tensor."""
+    return has_memory[0] if len(set(has_memory)) == 1 else torch.tensor(has_memory)
+
+
 def windowed(inputs, has_memory, memory=True, **options):
     query, key, value, *slots = inputs
-    has_memory = torch.tensor(has_memory)
-    return window_attention(query, key, value, slots if memory else None, has_memory, scale=SCALE, **options)
+    return window_attention(query, key, value, slots if memory else None, told(has_memory), scale=SCALE, **options)
 
 
 def resumed(inputs, has_memory, filled, memory=True):
     query, key, value, *slots = inputs
-    has_memory, filled = torch.tensor(has_memory), torch.tensor(filled)
-    return resumed_attention(query, key, value, slots if memory else None, has_memory, filled, scale=SCALE)
+    slots = slots if memory else None
+    return resumed_attention(query, key, value, slots, told(has_memory), list(filled), scale=SCALE)
 
 
 def rounded(inputs, dtype, device="cpu"):
@@ -68,7 +72,7 @@ def kernels_used(monkeypatch):
 
         monkeypatch.setattr(attention, name, call)
 
-    for name in ("_masked_products", "_causal_from_the_top", "_visible", "causal_lower_right"):
+    for name in ("_products", "_causal_from_the_top", "_visible", "causal_lower_right"):
         spy(name)
     return used
 
@@ -98,24 +102,51 @@ def test_a_window_past_the_long_border_equals_the_explicit_softmax(has_memory, d
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "has_memory", "expected"),
+    ("dtype", "length", "has_memory", "training", "expected"),
     [
-        (torch.float32, 8, NOBODY, []),
-        (torch.float32, 8, SOME, ["_visible"]),
-        (torch.float32, 8, ALL, ["_visible"]),
-        (torch.float32, LONG_WINDOW + 1, ALL, ["_causal_from_the_top"]),
-        (torch.float32, LONG_WINDOW + 1, SOME, ["_visible"]),
-        (torch.bfloat16, LONG_WINDOW, ALL, ["_visible", "_masked_products"]),
-        (torch.bfloat16, LONG_WINDOW, NOBODY, ["_visible", "_masked_products"]),
-        (torch.bfloat16, LONG_WINDOW + 1, ALL, ["_causal_from_the_top"]),
-        (torch.float16, 8, SOME, ["_visible", "_masked_products"]),
+        (torch.float32, 8, NOBODY, True, []),
+        (torch.float32, 8, SOME, True, ["_visible"]),
+        (torch.float32, 8, ALL, True, ["_visible"]),
+        (torch.float32, LONG_WINDOW + 1, ALL, True, ["_causal_from_the_top"]),
+        (torch.float32, LONG_WINDOW + 1, SOME, True, ["_visible"]),
+        (torch.bfloat16, LONG_WINDOW, ALL, True, ["_products"]),
+        (torch.bfloat16, LONG_WINDOW, NOBODY, True, ["_products"]),
+        (torch.bfloat16, LONG_WINDOW + 1, ALL, True, ["_causal_from_the_top"]),
+        (torch.bfloat16, 2 * LONG_WINDOW, ALL, False, ["_products"]),
+        (torch.bfloat16, 2 * LONG_WINDOW + 1, ALL, False, ["_causal_from_the_top"]),
+        (torch.float16, 8, SOME, True, ["_products"]),
     ],
 )
-def test_the_cases_above_reach_every_kernel_of_a_cpu(dtype, length, has_memory, expected, monkeypatch):
+def test_the_cases_above_reach_every_kernel_of_a_cpu(dtype, length, has_memory, training, expected, monkeypatch):
     used = kernels_used(monkeypatch)
     low, _ = rounded(random_inputs(length), dtype)
-    windowed(low, has_memory)
+    with torch.set_grad_enabled(training):
+        windowed(low, has_memory)
     assert used == expected
+
+
+@pytest.mark.parametrize("has_memory", [NOBODY, SOME, ALL], ids=["nobody", "some", "all"])
+@pytest.mark.parametrize("at_once", [1, 2], ids="{} rows at once".format)
+def test_how_many_rows_are_computed_at_once_changes_nothing(at_once, has_memory, monkeypatch):
+    low, exact = rounded(random_inputs(7), torch.bfloat16)
+    monkeypatch.setattr(attention, "CHUNK_WEIGHTS", at_once * HEADS * 7 * (7 + SLOTS))
+    parts, original = [], attention._some_products
+    monkeypatch.setattr(attention, "_some_products", lambda *args: parts.append(len(args[0])) or original(*args))
+    assert_close(windowed(low, has_memory).double(), naive(exact, has_memory), **TOLERANCE[torch.bfloat16])
+    assert parts == ([1, 1, 1] if at_once == 1 else [2, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_inference_leaves_behind_can_be_trained_with(dtype):
+    """Masks are kept from call to call; a tensor made in inference mode could not be saved for a backward pass."""
+    inputs = rounded(random_inputs(11), dtype)[0]
+    attention._all_visible.cache_clear()
+    attention._future.cache_clear()
+    with torch.inference_mode():
+        expected = windowed(inputs, ALL).clone()
+    out = windowed([tensor.requires_grad_() for tensor in inputs], ALL)
+    assert torch.equal(out, expected)
+    out.sum().backward()
 
 
 def test_no_memory_at_all_is_memory_that_nobody_has():

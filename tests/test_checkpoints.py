@@ -11,9 +11,11 @@ import torch
 from helpers_training import assert_same_weights, small_run, tiny_model, weights_of
 
 from recur_gpt2 import checkpoints, state
-from recur_gpt2.checkpoints import KEPT, Checkpoint, Checkpoints
+from recur_gpt2.checkpoints import KEPT, Checkpoint
 from recur_gpt2.errors import InputError
+from recur_gpt2.processes import Processes
 from recur_gpt2.state import RecurState
+from recur_gpt2.windows import LanePosition
 
 FILES = {
     "model.safetensors",
@@ -42,8 +44,13 @@ def parts():
     return model, optimizer
 
 
+def checkpoints_in(folder, settings):
+    """Those of one process."""
+    return checkpoints.Checkpoints(folder, settings, Processes("cpu"))
+
+
 def checkpoint_of(step):
-    return Checkpoint(step, 10 * step, "float32", {"document": [0]}, [{"step": step}], RecurState.empty(1))
+    return Checkpoint(step, 10 * step, "float32", [{"step": step}], LanePosition([0], [0], 1), RecurState.empty(1))
 
 
 def names(folder):
@@ -69,12 +76,13 @@ def test_a_checkpoint_holds_no_pickle(trained):
 
 def test_everything_comes_back_as_it_was_saved(tmp_path):
     model, optimizer = parts()
-    saved = Checkpoints(tmp_path, {"window": 8, "layers": (0, 1)})
+    saved = checkpoints_in(tmp_path, {"window": 8, "layers": (0, 1)})
     torch.manual_seed(5)
     memory = {"0": torch.randn(3, 2, 4, 3, 8)}
     counters = torch.tensor([2, 0, 1])
     checkpoint = checkpoint_of(7)
     checkpoint.state = RecurState(counters, counters * 0, memory)
+    checkpoint.position = LanePosition([4, 2, -1], [0, 7, 0], 5)
     saved.save(model, optimizer, checkpoint)
     drawn = torch.rand(4)
 
@@ -83,7 +91,7 @@ def test_everything_comes_back_as_it_was_saved(tmp_path):
         for parameter in other.parameters():
             parameter.zero_()
     fresh = torch.optim.AdamW(other.parameters(), lr=1e-3)
-    loaded = Checkpoints(tmp_path, {"window": 8, "layers": [0, 1]}).load(other, fresh, torch.device("cpu"))
+    loaded = checkpoints_in(tmp_path, {"window": 8, "layers": [0, 1]}).load(other, fresh, torch.device("cpu"))
     assert_same_weights(model, other)
     assert other.lm_head.weight is other.transformer.wte.weight, "tied weights stay tied"
     for index, values in optimizer.state_dict()["state"].items():
@@ -93,19 +101,20 @@ def test_everything_comes_back_as_it_was_saved(tmp_path):
             assert restored.dtype == value.dtype
     assert torch.equal(torch.rand(4), drawn), "randomness goes on where it stood"
     assert (loaded.step, loaded.tokens, loaded.history) == (7, 70, [{"step": 7}])
+    assert loaded.position == checkpoint.position
     assert torch.equal(loaded.state.windows, counters)
     assert torch.equal(loaded.state.memory["0"], memory["0"])
 
 
 def test_there_is_nothing_to_load_in_an_empty_folder(tmp_path):
     model, optimizer = parts()
-    saved = Checkpoints(tmp_path / "missing", {})
+    saved = checkpoints_in(tmp_path / "missing", {})
     assert saved.latest() is None
     assert saved.load(model, optimizer, "cpu") is None
 
 
 def test_a_checkpoint_can_be_written_again(tmp_path):
-    saved = Checkpoints(tmp_path, {})
+    saved = checkpoints_in(tmp_path, {})
     for tokens in (1, 2):
         checkpoint = checkpoint_of(3)
         checkpoint.tokens = tokens
@@ -115,7 +124,7 @@ def test_a_checkpoint_can_be_written_again(tmp_path):
 
 
 def test_an_unfinished_folder_is_no_checkpoint_and_is_cleared_by_the_next_one(tmp_path):
-    saved = Checkpoints(tmp_path, {})
+    saved = checkpoints_in(tmp_path, {})
     saved.save(*parts(), checkpoint_of(1))
     (tmp_path / "step-00000002.unfinished").mkdir()
     (tmp_path / "step-00000002.unfinished" / "model.safetensors").write_bytes(b"half")
@@ -179,7 +188,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_unfinished(file, tmp
 
 def test_a_limit_of_the_system_is_met_in_one_sentence(tmp_path):
     """Not a stand-in: the system itself refuses to write large files, after a few small ones."""
-    saved = Checkpoints(tmp_path, {})
+    saved = checkpoints_in(tmp_path, {})
     saved.save(*parts(), checkpoint_of(1))
     model, optimizer = parts()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -195,7 +204,7 @@ def test_a_limit_of_the_system_is_met_in_one_sentence(tmp_path):
 def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_none(tmp_path, monkeypatch):
     fill_disk_at(monkeypatch, "model.safetensors")
     with pytest.raises(InputError, match=r"step 1 could not be written .*there is none yet; make room"):
-        Checkpoints(tmp_path, {}).save(*parts(), checkpoint_of(1))
+        checkpoints_in(tmp_path, {}).save(*parts(), checkpoint_of(1))
     assert names(tmp_path) == []
 
 
@@ -205,7 +214,7 @@ def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_none(tmp_path, m
 @files
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "overwritten", "missing"])
 def test_a_damaged_checkpoint_is_refused_by_name(file, damage, tmp_path):
-    saved = Checkpoints(tmp_path, {})
+    saved = checkpoints_in(tmp_path, {})
     for step in (1, 2):
         saved.save(*parts(), checkpoint_of(step))
     path = saved.latest() / file
@@ -225,7 +234,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(file, damage, tmp_path):
 
 
 def test_a_damaged_checkpoint_changes_nothing(tmp_path):
-    saved = Checkpoints(tmp_path, {})
+    saved = checkpoints_in(tmp_path, {})
     saved.save(*parts(), checkpoint_of(1))
     os.truncate(saved.latest() / "state.safetensors", 20)
     model, optimizer = parts()
@@ -239,15 +248,15 @@ def test_a_damaged_checkpoint_changes_nothing(tmp_path):
 
 
 def test_settings_are_compared_and_the_differing_one_named(tmp_path):
-    Checkpoints(tmp_path / "run" / "checkpoints", {"lanes": 3, "layers": [0, 1]}).save(*parts(), checkpoint_of(1))
-    Checkpoints(tmp_path / "run" / "checkpoints", {"lanes": 3, "layers": (0, 1)}).load(*parts(), "cpu")
+    checkpoints_in(tmp_path / "run" / "checkpoints", {"lanes": 3, "layers": [0, 1]}).save(*parts(), checkpoint_of(1))
+    checkpoints_in(tmp_path / "run" / "checkpoints", {"lanes": 3, "layers": (0, 1)}).load(*parts(), "cpu")
     for other, named in (
         ({"lanes": 4, "layers": [0, 1]}, "lanes=3, not 4"),
         ({"lanes": 3, "layers": [1]}, r"layers=\[0, 1\], not \[1\]"),
         ({"lanes": 3, "layers": [0, 1], "new": 1}, "new=None, not 1"),
     ):
         with pytest.raises(InputError, match=f"{named}; resume with its settings or give another --output-dir"):
-            Checkpoints(tmp_path / "run" / "checkpoints", other).load(*parts(), "cpu")
+            checkpoints_in(tmp_path / "run" / "checkpoints", other).load(*parts(), "cpu")
 
 
 def test_run_json_is_plain_json(trained):

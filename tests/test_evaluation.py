@@ -9,6 +9,9 @@ import torch
 from helpers_training import RECURRENCES, WINDOW, WordTokenizer, gpt2_of, random_documents, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from recur_gpt2 import evaluation
 from recur_gpt2.accounting import flops_per_token
@@ -235,6 +238,41 @@ def test_overlap_reads_more_tokens_for_those_that_it_scores(models):
         assert found.tokens_read == read
         flops = flops_per_token(config, memory=protocol == "recurrent")
         assert found.flops_per_token == pytest.approx(flops * read / scored)
+
+
+def test_shuffled_reads_every_token_twice_and_predicts_it_once(models):
+    """As torch counts it, too: long documents, since only a first window reads no memory."""
+    config, documents = models["last"].config, random_documents([60 * T + 1] * 2)
+    counted = {}
+    for control in (None, "shuffled"):
+        found = score(models["last"], documents, control=control)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused, it would count as none
+            score(models["last"], documents, control=control, parallel_windows=1)
+        counted[control] = counter.get_total_flops() / (2 * 60 * T)
+        assert found.flops_per_token == pytest.approx(counted[control], rel=0.01)
+    assert found.tokens_read == 2 * 2 * 60 * T
+    head = 2 * config.n_embd * config.vocab_size
+    assert found.flops_per_token == pytest.approx(2 * flops_per_token(config) - head)
+    assert counted["shuffled"] > 1.5 * counted[None]
+
+
+def test_autocast_casts_weights_once_for_a_whole_document(models):
+    weights = {parameter.shape for parameter in models["last"].parameters() if parameter.ndim == 2}
+
+    class Counter(TorchDispatchMode):
+        casts = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten._to_copy:
+                self.casts += args[0].dtype == torch.float32 and args[0].shape in weights
+            return function(*args, **kwargs or {})
+
+    counts = []
+    for windows in (3, 30):
+        with Counter() as counter:
+            score(models["last"], random_documents([windows * T]), dtype=torch.bfloat16, parallel_windows=1)
+        counts.append(counter.casts)
+    assert counts[0] == counts[1] > 0
 
 
 def test_autocast_to_bfloat16_scores_nearly_the_same(models):

@@ -10,7 +10,7 @@ from recur_gpt2 import losses
 from recur_gpt2.losses import IGNORE, summed_loss, token_losses
 
 WIDTH, VOCABULARY = 8, 31
-CHUNK = 64  # the smallest there is
+CHUNK = 4
 
 
 def random_inputs(*shape, dtype=torch.float64, scored=0.8):
@@ -28,8 +28,9 @@ def reference(hidden, weight, targets, reduction="sum"):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 1)
-    assert [piece.stop - piece.start for piece in losses._chunks(2 * CHUNK + 1, VOCABULARY)] == [CHUNK, CHUNK, 1]
+    monkeypatch.setattr(losses, "CPU_ROWS", CHUNK)
+    pieces = losses._chunks(torch.zeros(2 * CHUNK + 1, WIDTH), torch.zeros(VOCABULARY, WIDTH))
+    assert [piece.stop - piece.start for piece in pieces] == [CHUNK, CHUNK, 1]
 
 
 @pytest.mark.parametrize("rows", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 5])
@@ -162,11 +163,48 @@ def test_weights_kept_in_16_bit_get_gradients_of_their_type():
         assert_close(ours.double(), wanted, rtol=0.05, atol=0.02)
 
 
+class Made(TorchDispatchMode):
+    """Elements and place in memory of every tensor that is made, or changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        tensors = [each for each in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(each)]
+        self.tensors += [(each.numel(), each.untyped_storage().data_ptr()) for each in tensors]
+        return out
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_the_logits_of_all_positions_never_exist_together():
-    """What is kept for the backward pass is as large as the inputs, whatever the number of logits."""
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(200, 4, requires_grad=True), torch.randn(5000, 4, requires_grad=True)
+    """Nothing is larger than a chunk's logits, and what is kept for the backward pass no larger than the inputs."""
+    hidden, weight, targets = random_inputs(5 * CHUNK)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor.numel()), tensor)[1], lambda t: t):
-        summed_loss(hidden, weight, torch.randint(5000, (200,)))
-    assert sorted(kept) == [hidden.numel(), weight.numel()]
+    with (
+        Made() as made,
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor.numel()), tensor)[1], lambda t: t),
+    ):
+        total = summed_loss(hidden, weight, targets)
+        torch.autograd.grad(3 * total, (hidden, weight))
+        token_losses(hidden, weight, targets)
+    assert max(made.tensors)[0] == max(CHUNK * VOCABULARY, weight.numel())
+    assert set(kept) <= {hidden.numel(), weight.numel(), targets.numel(), 1}
+
+
+def test_the_backward_pass_makes_no_second_gradient_as_large_as_the_head():
+    hidden, weight, targets = random_inputs(3, dtype=torch.float32)
+    total = summed_loss(hidden, weight, targets)
+    with Made() as made:
+        (gradient,) = torch.autograd.grad(3 * total, weight)
+    assert {place for size, place in made.tensors if size == weight.numel()} == {gradient.untyped_storage().data_ptr()}
+
+
+def test_a_second_backward_pass_makes_the_same_gradients_again():
+    hidden, weight, targets = random_inputs(3, 5)
+    total = summed_loss(hidden, weight, targets)
+    first = torch.autograd.grad(3 * total, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(3 * total, (hidden, weight))
+    assert_close(second, first, rtol=0, atol=0)
+    assert_close(first, torch.autograd.grad(3 * reference(hidden, weight, targets), (hidden, weight)))

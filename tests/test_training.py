@@ -18,6 +18,7 @@ from helpers_training import (
     dropout_run,
     gpt2_of,
     losses_of,
+    plain_run,
     random_documents,
     repetitive_documents,
     small_run,
@@ -95,46 +96,6 @@ def test_the_loss_goes_down_on_repetitive_documents(kind, recurrent, tmp_path):
     assert history[-1]["loss"] < history[0]["loss"] / 3
 
 
-def plain_run(model, corpus, args):
-    """Training written down plainly, window by window, with AdamW over named groups."""
-    lanes = TrainingLanes(corpus, lanes=args.lanes, window=WINDOW, seed=args.seed)
-    new = [p for name, p in model.named_parameters() if "recurrence" in name]
-    old = [p for name, p in model.named_parameters() if "recurrence" not in name]
-    groups = [
-        {"params": [p for p in old if p.ndim > 1], "lr": args.lr, "weight_decay": args.weight_decay},
-        {"params": [p for p in old if p.ndim < 2], "lr": args.lr, "weight_decay": 0.0},
-        {"params": new, "lr": args.recurrence_lr, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=False)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    warmup = round(args.warmup * args.steps)
-    state, losses = None, []
-    for step in range(1, args.steps + 1):
-        rate = step / warmup if step <= warmup else (args.steps - step + 1) / (args.steps - warmup)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * rate
-        optimizer.zero_grad()
-        nats = count = 0
-        for _ in range(args.accumulate):
-            segment = lanes.segment(args.bptt)
-            state = None if state is None else state.detach()
-            total = 0
-            for k in range(args.bptt):
-                window = slice(k, k + 1)
-                starts = segment.starts[:, window] if args.recurrent else torch.ones(args.lanes, 1, dtype=torch.bool)
-                hidden, state = model.transformer.read(segment.input_ids[:, window], starts, state)
-                logits = model.lm_head(hidden).flatten(0, -2)
-                targets = segment.targets[:, window].flatten()
-                total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-            scored = int((segment.targets != IGNORE).sum())
-            (total / scored / args.accumulate).backward()
-            nats, count = nats + total.item(), count + scored
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        losses.append(nats / count)
-    return losses
-
-
 @pytest.mark.parametrize("recurrent", [True, False])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @kinds
@@ -170,11 +131,13 @@ def test_how_windows_are_computed_changes_no_loss_and_no_weight(kind, how, tmp_p
 def test_checkpointing_recomputes_the_same_dropout(tmp_path):
     """Else gradients would be those of another loss."""
     settings = {"bptt": 3, "steps": 4, "save_every": 9, "parallel_windows": 1}
-    left, right = (tiny_model(dropout=0.2) for _ in range(2))
+    left, right = (tiny_model(dropout=0.2).double() for _ in range(2))
     one = small_run(left, tmp_path / "a", **settings, checkpointing=True).run()
     other = small_run(right, tmp_path / "b", **settings).run()
-    assert losses_of(one) == losses_of(other)
-    assert_same_weights(left, right)
+    # Without checkpointing one sum runs over the whole segment: equal to rounding. Other dropout would differ at once.
+    assert losses_of(one) == pytest.approx(losses_of(other), rel=1e-12)
+    for name, weights in weights_of(right).items():
+        torch.testing.assert_close(weights_of(left)[name], weights, rtol=1e-7, atol=1e-9, msg=name)
 
 
 @kinds

@@ -1,0 +1,150 @@
+"""Backpropagation through a segment that keeps a few states and computes everything else again.
+
+torch.utils.checkpoint keeps every state, and for each block a graph of placeholders of a quarter of a megabyte; and it
+makes the gradients of the loss's head twice. Here a block runs without a graph first, and with one in the backward
+pass. Not for what a block computes: that is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .state import RecurState
+
+KEPT = 8  # states of a segment that are kept; those between them are made once more, by reading on from one
+
+
+class Block(Protocol):
+    """Some windows: two pure functions of what they are given, of the parameters and of random numbers."""
+
+    def read(self, state: RecurState) -> tuple[Tensor, RecurState]:
+        """The state before -> hidden states, and the state after."""
+
+    def loss(self, hidden: Tensor) -> Tensor:
+        """Hidden states -> ()."""
+
+
+def recomputed(blocks: Sequence[Block], state: RecurState, parameters: Sequence[Tensor]) -> tuple[Tensor, RecurState]:
+    """Read blocks one after another and sum their losses; the same as without recomputation, gradients included.
+
+    Args:
+        state: before the first block, with no unfinished windows.
+        parameters: all that may get a gradient.
+
+    Returns:
+        The sum (), and the state after the last block.
+    """
+    parameters = [each for each in parameters if each.requires_grad]
+    walk = _Walk(blocks, parameters)
+    total, *memory = _Recomputed.apply(walk, state, *state.memory.values(), *parameters)
+    return total, replace(walk.after, memory=dict(zip(walk.names, memory, strict=True)))
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, walk, state, *inputs):
+        ctx.walk = walk
+        ctx.set_materialize_grads(False)
+        return walk.forward(state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total, *grad_memory):
+        return None, None, *ctx.walk.backward(grad_total, grad_memory)
+
+
+class _Walk:
+    """One walk through the blocks and back.
+
+    Attributes:
+        after, names: the state after the last block without its memory, and the names of that. The memory itself is
+            of the graph that holds this walk, and would never be freed if this walk held it.
+    """
+
+    def __init__(self, blocks, parameters):
+        self.blocks, self.parameters = blocks, parameters
+        self.device = parameters[0].device
+        self.spacing = -(-len(blocks) // KEPT)
+        self.kept: list[tuple[RecurState, tuple]] = []  # every `spacing` blocks, state and random state before them
+        kind = self.device.type
+        self.autocast = {
+            "device_type": kind,
+            "enabled": torch.is_autocast_enabled(kind),
+            "dtype": torch.get_autocast_dtype(kind),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+
+    def forward(self, state):
+        """Without a graph -> the summed loss and the last state's memory, one tensor a name."""
+        total = 0.0
+        for number, block in enumerate(self.blocks):
+            if number % self.spacing == 0:
+                self.kept.append((state, self._random()))
+            hidden, state = block.read(state)
+            total = total + block.loss(hidden)
+        self.after, self.names = replace(state, memory={}), list(state.memory)
+        return total, *state.memory.values()
+
+    def backward(self, grad_total, grad_memory):
+        """Gradients of the total and of the last state's memory -> of the first state's memory and the parameters."""
+        if not self.kept:
+            raise RuntimeError("a recomputed segment frees its states in the backward pass: it cannot go twice")
+        grad_memory = dict(zip(self.names, grad_memory, strict=True))
+        # Taken before anything large, and in one place: as many tensors made between the blocks' would tear the heap.
+        sums = [torch.zeros_like(parameter) for parameter in self.parameters]
+        used = set()
+        while self.kept:
+            stretch = self._stretch()
+            while stretch:
+                grad_memory, gradients = self._through(*stretch.pop(), grad_total, grad_memory)
+                for number, gradient in enumerate(gradients):
+                    if gradient is not None:
+                        sums[number] += gradient
+                        used.add(number)
+                del gradients, gradient  # before the next block's are made
+        return *grad_memory.values(), *(each if number in used else None for number, each in enumerate(sums))
+
+    def _stretch(self):
+        """The blocks from the last kept state on, each with the state and the random state before it."""
+        state, random = self.kept.pop()
+        first = len(self.kept) * self.spacing
+        blocks = self.blocks[first : first + self.spacing]
+        stretch = [(blocks[0], state, random)]
+        with self._as_forward(random), torch.no_grad():
+            for before, block in pairwise(blocks):
+                _, state = before.read(state)
+                stretch.append((block, state, self._random()))
+        return stretch
+
+    def _through(self, block, state, random, grad_total, grad_memory):
+        """Back through one block -> gradients of the memory before it, by name, and of the parameters."""
+        given = {name: tensor.detach().requires_grad_() for name, tensor in state.memory.items()}
+        with self._as_forward(random), torch.enable_grad():
+            hidden, after = block.read(replace(state, memory=given))
+            made = [(block.loss(hidden), grad_total)]
+        made += [(after.memory[name], gradient) for name, gradient in grad_memory.items()]
+        outputs, gradients = zip(*(pair for pair in made if pair[0].requires_grad and pair[1] is not None), strict=True)
+        del hidden, after, made
+        found = torch.autograd.grad(outputs, [*given.values(), *self.parameters], gradients, allow_unused=True)
+        return dict(zip(given, found, strict=False)), found[len(given) :]
+
+    def _random(self):
+        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+
+    @contextmanager
+    def _as_forward(self, random):
+        """Numbers are drawn, and products run, as they did in the forward pass."""
+        on_cpu, on_gpu = random
+        with torch.random.fork_rng([self.device] if on_gpu is not None else []), torch.autocast(**self.autocast):
+            torch.set_rng_state(on_cpu)
+            if on_gpu is not None:
+                torch.cuda.set_rng_state(on_gpu, self.device)
+            yield
