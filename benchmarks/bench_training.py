@@ -59,7 +59,7 @@ def parse() -> Namespace:
     add("--lanes", type=int, default=8, help="documents read side by side (default: 8)")
     add("--steps", type=int, default=5, help=f"measured steps of a run, after {WARMUP} (default: 5)")
     add("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME", help="default: all")
-    sweep = "our peak memory with checkpointing for each K (default: 2 4 8 16 32)"
+    sweep = "our peak memory with checkpointing for each K (default: 2 4 8 16 32); --steps counts those of the largest"
     add("--checkpointing-sweep", nargs="*", type=int, metavar="K", help=sweep)
     args = check_arguments(parser, parser.parse_args())
     if args.checkpointing_sweep == []:
@@ -88,9 +88,12 @@ def compare(args: Namespace) -> dict:
 
 
 def _sweep(args):
-    """Peak memory as K grows, everything else unchanged."""
-    settings = vars(args) | {"variant": "checkpointing"}
-    variants = {f"K={windows}": settings | {"bptt": windows} for windows in args.checkpointing_sweep}
+    """Peak memory as K grows, everything else unchanged, after as many windows: a heap takes some tens to settle."""
+    settings, longest = vars(args) | {"variant": "checkpointing"}, max(args.checkpointing_sweep)
+    variants = {
+        f"K={windows}": settings | {"bptt": windows, "steps": args.steps * longest // windows}
+        for windows in args.checkpointing_sweep
+    }
     first = next(iter(variants))
     summary = summarise(interleave(__file__, variants, args.repeats), first)
     rows = []

@@ -29,7 +29,7 @@ class FreshWindows:
         self.state, self.has_memory, self.tokens, self.window = state, has_memory, tokens, window
         counts = tokens.tolist()
         self.completed, self.filled = [n // window for n in counts], [n % window for n in counts]
-        self._continues, self._windows_before = has_memory.tolist(), state.windows.tolist()
+        self._continues = has_memory.tolist()
 
     def reads(self, windows: slice = slice(None)) -> bool | Tensor:
         """Whether these windows have memory: True, False or, where they differ, (B * W,) bool."""
@@ -56,12 +56,14 @@ class FreshWindows:
         return window_attention(*flat, memory, has_memory, **options).view(query.shape)
 
     def next_state(self, memory: dict[str, Tensor], window: dict[str, Tensor]) -> RecurState:
-        windows = []
-        for count, continues, completed in zip(self._windows_before, self._continues, self.completed, strict=True):
-            for number, has_memory in enumerate(continues):
-                count = count * has_memory + (number < completed)
-            windows.append(count)
-        return RecurState(torch.tensor(windows), torch.tensor(self.filled), memory, window)
+        goes_on, read = [], []  # whether the state's document does, and the full windows of the last one in here
+        for continues, completed in zip(self._continues, self.completed, strict=True):
+            starts = [number for number, has_memory in enumerate(continues) if not has_memory]
+            goes_on.append(not starts)
+            read.append(max(0, completed - (starts[-1] if starts else 0)))
+        # The count itself stays a tensor: torch.compile would take every new number for another function.
+        windows = self.state.windows * torch.tensor(goes_on) + torch.tensor(read)
+        return RecurState(windows, torch.tensor(self.filled), memory, window)
 
     def after_completed(self, each: Tensor, before: Tensor | None) -> Tensor:
         """(B, W, ...) raw memory after each window -> (B, ...) after each row's last full window."""
