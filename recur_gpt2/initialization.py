@@ -79,10 +79,20 @@ def fit_slots(model: RecurGPT2Model) -> None:
     Where the window takes so many positions that too few are left in front of it, the slots stand from the first ones
     on all the same, beside the window's own first tokens: a slot that says "the end" is one that the window's queries
     have never seen in front of them, and costs far more than one that shares its position.
+
+    Embeddings that a net writes (with `pool_layers`) start around the mean input that their layers get at the first
+    position, on which heads rest: around zero, the layer norm would blow the untrained net's output up to the size of a
+    token that heads listen to.
     """
     config = model.config
-    if config.pool_layers or not model.recurrence:
-        return
+    if config.pool_layers:
+        _fit_embeddings(model)
+    elif model.recurrence:
+        _fit_keys_and_values(model)
+
+
+def _fit_keys_and_values(model):
+    config = model.config
     last, offset, end = config.last_slots, config.position_offset, config.position_offset + config.window
     tokens = _likely_tokens(model, (SAMPLES, end))
     at_end = _mean_keys_and_values(model, tokens, torch.arange(end))
@@ -97,6 +107,13 @@ def fit_slots(model: RecurGPT2Model) -> None:
             recurrence.shift[..., config.pooled_slots :, :] = front[..., 1:, :] - back[..., end - last :, :]
             pooled = front[..., 1:, :].mean(dim=-2) - back[..., offset:, :].mean(dim=-2)
             recurrence.shift[..., : config.pooled_slots, :] = pooled[..., None, :]
+
+
+def _fit_embeddings(model):
+    config = model.config
+    hidden = model(_likely_tokens(model, (SAMPLES, 1)).to(model.wte.weight.device), output_hidden_states=True)
+    first = torch.stack([hidden.hidden_states[layer].mean(dim=(0, 1)) for layer in config.insert_layers]).mean(dim=0)
+    model.recurrence["pooled"].net[-1].bias.copy_(first.repeat(config.pooled_slots))
 
 
 def _likely_tokens(model, shape):

@@ -153,6 +153,18 @@ def test_sinks_start_as_gpt2s_first_position(options, gpt2_folder, gpt2):
         assert_close(sink, first[layer].expand_as(sink), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("insert_layers", [[0], [2], [1, 3]])
+def test_embeddings_that_a_net_writes_start_as_gpt2s_first_position(insert_layers, gpt2_folder, gpt2):
+    options = {"recurrence": "yoshida2020", "insert_layers": insert_layers, "pooled_slots": 2}
+    model = fitted(gpt2_folder, **options)
+    tokens = _likely_tokens(model.transformer, (SAMPLES, 1))
+    with torch.no_grad():
+        inputs = gpt2(tokens, output_hidden_states=True).hidden_states
+    wanted = torch.stack([inputs[layer].mean(dim=(0, 1)) for layer in insert_layers]).mean(dim=0)
+    bias = model.transformer.recurrence["pooled"].net[-1].bias
+    assert_close(bias.view(2, -1), wanted.expand(2, -1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("recurrence", ["default", "yoshida2020", "none"])
 def test_the_same_checkpoint_gives_the_same_model(gpt2_folder, recurrence):
     options = {"window": WINDOW, "recurrence": recurrence} | ({"last_slots": 3} if recurrence == "default" else {})
@@ -216,6 +228,12 @@ def test_before_any_training_memory_already_predicts_better_than_windows_apart(b
     apart = nats(book, recurrence="none")
     assert nats(book) < apart
     assert nats(book, last_slots=0) < apart + 0.1  # sinks know no document, but do hardly any harm
+
+
+@pytest.mark.parametrize("window", [64, 256])
+def test_a_net_not_trained_yet_does_hardly_any_harm(book, window):
+    apart = nats(book, window=window, recurrence="none")
+    assert nats(book, window=window, recurrence="yoshida2020") < apart + 0.01
 
 
 def test_misspelled_options_are_refused(gpt2_folder):
