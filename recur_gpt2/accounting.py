@@ -1,7 +1,7 @@
 """What a model costs: FLOPs counted from its configuration, memory and speed as measured.
 
-A FLOP is a multiplication or an addition inside a matrix product, as torch's FlopCounterMode counts them: attention
-counts for the whole rectangle of queries and keys, whether a kernel skips the future or not.
+A FLOP is a multiplication or an addition inside a matrix product, as torch's FlopCounterMode counts them: softmax
+attention counts for the whole rectangle of queries and keys, whether a kernel skips the future or not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from .allocator import release_memory
 from .configuration import RecurGPT2Config
+from .linear_attention import CHUNK
 
 CLEAR_PEAK = "5"  # proc(5), clear_refs: reset the peak resident set size
 
@@ -30,15 +31,44 @@ def flops_per_token(config: RecurGPT2Config, *, memory: bool = True, training: b
         training: forward and backward (three times the forward) rather than forward alone. Recomputation under
             checkpointing would add one more.
     """
-    recurrence = _writing_flops(config) + (_reading_flops(config) if memory else 0)
-    forward = config.plain_flops + len(config.insert_layers) * recurrence / config.window
+    forward = config.plain_flops
+    for layer in range(config.n_layer):
+        linear = layer in config.linear_layers
+        if layer in config.insert_layers:
+            reading = _reading_flops(config, linear=linear) if memory else 0
+            forward += (_writing_flops(config) + reading) / config.window
+        if linear:
+            forward += _linear_flops(config) - 4 * config.n_embd * config.window
     return forward * (3 if training else 1)
 
 
-def _reading_flops(config):
+def _linear_flops(config):
+    """FLOPs of linear attention for one token: features, products inside a chunk, and sums from chunk to chunk."""
+    head, features, matrix = _features(config)
+    chunk = min(CHUNK, config.window)
+    carrying = 2 * features * head if config.carry_linear_state else 0  # of windows computed together
+    each = 4 * head * matrix + 2 * chunk * (features + head) + 4 * features * head + carrying
+    return config.n_head * each
+
+
+def _features(config):
+    """d, k and rows of a head's feature matrix."""
+    head = config.n_embd // config.n_head
+    features = head if config.feature_map == "elu" else config.feature_size
+    return (
+        head,
+        features,
+        {"t2r": features, "hedgehog": features // 2, "rfa": features // 2, "elu": 0}[config.feature_map],
+    )
+
+
+def _reading_flops(config, *, linear):
     """FLOPs of one window in one insertion layer for the memory that it reads."""
     width, window, slots = config.n_embd, config.window, config.memory_slots
     attending = 4 * width * window * slots
+    if linear:
+        _, features, matrix = _features(config)
+        attending = 2 * width * slots * (matrix + features)
     if not config.pool_layers:
         return attending
     hidden = config.recurrence_width

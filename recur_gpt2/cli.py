@@ -1,4 +1,4 @@
-"""The command line: `recur-gpt2 finetune | evaluate`, and the arguments that run_pg19.py shares with it.
+"""The command line: `recur-gpt2 finetune | evaluate | convert`, and the arguments that run_pg19.py shares with it.
 
 Parses, calls, prints. Bad input ends in one sentence and exit status 2, Ctrl-C in status 130. Where several processes
 were started, the main one prints.
@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", help="score documents with a model, by any protocol")
     _add_evaluate_arguments(evaluate)
     evaluate.set_defaults(run=run_evaluate)
+    convert = commands.add_parser("convert", help="give layers of a model linear attention (T2R)")
+    _add_convert_arguments(convert)
+    convert.set_defaults(run=run_convert)
     args = parser.parse_args(argv)
     return guarded(lambda: args.run(args))
 
@@ -73,7 +76,12 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> N
     add("--steps", type=int, default=120, help="optimizer steps (default: 120)")
     add("--lanes", type=int, default=8, help="documents read side by side (default: 8)")
     add("--lr", type=float, default=3e-5, help="peak learning rate of the pretrained weights (default: 3e-5)")
-    add("--recurrence-lr", type=float, default=3e-3, help="peak learning rate of the recurrence (default: 3e-3)")
+    add(
+        "--recurrence-lr",
+        type=float,
+        default=3e-3,
+        help="peak learning rate of what is new: recurrence and feature maps (default: 3e-3)",
+    )
     add("--accumulate", type=int, default=1, help="segments per optimizer step (default: 1)")
     add("--checkpointing", action="store_true", help="recompute windows in the backward pass: least memory")
     add("--parallel-windows", type=int, help="windows of a lane computed at once (default: all K, or 1 to save memory)")
@@ -95,6 +103,27 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> N
     for slots in ("sink", "last", "pooled"):
         add(f"--{slots}-slots", type=int, help=f"{slots} slots of memory a layer (default: the preset's)")
     add("--insert-layers", type=int, nargs="+", help="layers that attend to memory (default: the preset's)")
+    add("--attention", default="softmax", choices=["softmax", "t2r"], help="t2r: linear attention (default: softmax)")
+    _add_t2r_arguments(parser, "--t2r-layers")
+    add("--transfer-steps", type=int, default=0, help="steps before finetuning that teach feature maps (default: 0)")
+    add("--transfer-lr", type=float, default=1e-2, help="peak learning rate of those steps (default: 1e-2)")
+    add("--new-first-steps", type=int, default=0, help="of --steps, train what is new alone (default: 0)")
+
+
+def _add_t2r_arguments(parser, layers):
+    add = parser.add_argument
+    add(layers, nargs="+", default=["all"], help="all, 75%% or numbers of layers (default: all)")
+    add("--feature-map", default="t2r", help="t2r, hedgehog, elu or rfa (default: t2r)")
+    add("--feature-size", type=int, default=32, help="k, features of a head (default: 32)")
+    add("--carry-linear-state", action="store_true", help="carry the sums (S, z) from window to window")
+
+
+def layer_names(words: list[str]) -> str | list[int]:
+    """What --t2r-layers and --layers say: the name of a set of layers, or their numbers."""
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        return " ".join(words)
 
 
 def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
@@ -106,7 +135,11 @@ def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
 
     training = {key: getattr(args, key) for key in ("steps", "lanes", "bptt", "lr", "recurrence_lr", "accumulate")}
     training |= {key: getattr(args, key) for key in ("checkpointing", "parallel_windows", "precision", "seed")}
+    training |= {key: getattr(args, key) for key in ("transfer_steps", "transfer_lr", "new_first_steps")}
     options = {key: getattr(args, key) for key in ("sink_slots", "last_slots", "pooled_slots", "insert_layers")}
+    if args.attention == "t2r":
+        options["linear_layers"] = layer_names(args.t2r_layers)
+        options |= {key: getattr(args, key) for key in ("feature_map", "feature_size", "carry_linear_state")}
     name = name or Path(args.data).stem
     with Processes(args.device).agreeing():
         experiment = ExperimentArguments(
@@ -115,7 +148,7 @@ def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
             output_dir=args.output_dir or Path("runs") / f"{name}-w{args.window}",
             window=args.window,
             recurrence=args.recurrence,
-            recurrence_options={key: value for key, value in options.items() if value is not None},
+            model_options={key: value for key, value in options.items() if value is not None},
             training=TrainingArguments(**training, save_every=args.save_every),
             eval_split=args.eval_split,
             eval_tokens=args.eval_tokens or None,
@@ -177,6 +210,31 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print(format_table(rows))
     if args.json:
         atomic_write_text(args.json, json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+def _add_convert_arguments(parser):
+    add = parser.add_argument
+    add("--model", default=str(BUNDLED_MODEL), help="GPT-2 or recur_gpt2 model: hub id or folder")
+    add("--output", type=Path, required=True, help="folder to write the converted model to")
+    add("--window", type=int, help="T; default: the model's own, or 256 for a GPT-2")
+    add("--recurrence", default="none", help="for a GPT-2: give it this recurrence too (default: none)")
+    _add_t2r_arguments(parser, "--layers")
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Convert a model and save it."""
+    from .conversion import convert_to_t2r
+    from .experiment import load_any, load_tokenizer, save_model
+
+    if args.output.exists():
+        raise InputError(f"{args.output} exists already; give another --output")
+    tokenizer = load_tokenizer(args.model)
+    model = load_any(args.model, args.window, args.recurrence)
+    options = {key: getattr(args, key) for key in ("feature_map", "feature_size", "carry_linear_state")}
+    convert_to_t2r(model, layer_names(args.layers), **options)
+    save_model(model, tokenizer, args.output)
+    print(f"layers {model.config.linear_layers} have linear attention now; finetune it:")
+    print(f"recur-gpt2 finetune --model {args.output} --window {model.config.window} --transfer-steps 60")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""RecurGPT2Config: GPT-2's own configuration plus the window and the recurrence.
+"""RecurGPT2Config: GPT-2's own configuration plus the window, the recurrence and linear attention.
 
 A preset (`recurrence="default" | "yoshida2020" | "none"`) fills in whatever the caller leaves out, so a saved
 configuration is complete and does not change when a preset does.
@@ -38,6 +38,12 @@ class RecurGPT2Config(GPT2Config):
         recurrence_width: width of the feed-forward net's hidden layers, with `pool_layers`.
         position_offset: positions by which every window but a document's first is shifted, so that the memory's
             last positions can stand before the window's first one.
+        linear_layers: layers with linear instead of softmax attention (T2R, Kasai et al. 2021): a list, "all", or
+            "75%", where every fourth layer, counted from the top, keeps softmax. Empty: none. Saved as a list.
+        feature_map: of these layers: "t2r", "hedgehog", "elu" or "rfa".
+        feature_size: k, features of a head ("elu" has as many as the head is wide, whatever this says).
+        carry_linear_state: carry the sums (S, z) of linear layers over the border of two windows, decayed by a
+            learned factor per head. Not with `pool_layers`.
 
     Raises:
         InputError: a value out of range, or fields that contradict each other.
@@ -54,6 +60,10 @@ class RecurGPT2Config(GPT2Config):
     pooled_slots: int | None = None
     recurrence_width: int = 200
     position_offset: int | None = None
+    linear_layers: list[int] | str | None = None
+    feature_map: str = "t2r"
+    feature_size: int = 32
+    carry_linear_state: bool = False
 
     def __post_init__(self, **kwargs):
         if self.recurrence not in PRESETS:
@@ -72,12 +82,18 @@ class RecurGPT2Config(GPT2Config):
             wanted = self.sink_slots + self.last_slots if self.last_slots else 0
             self.position_offset = min(wanted, self.n_positions - self.window)
         self._check_recurrence()
+        self._resolve_linear_layers()
         super().__post_init__(**kwargs)
 
     @property
     def memory_slots(self) -> int:
         """M, keys and values that memory adds to each layer of `insert_layers`."""
         return self.sink_slots + self.pooled_slots + self.last_slots
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether anything crosses the border of two windows."""
+        return bool(self.memory_slots or self.carry_linear_state)
 
     @property
     def plain_flops(self) -> int:
@@ -97,6 +113,25 @@ class RecurGPT2Config(GPT2Config):
         slot = 4 * self.n_embd * max(1, len(self.insert_layers))
         slots = int(MEMORY_COST * self.plain_flops / slot) - self.sink_slots - self.pooled_slots
         return max(1, min(slots, self.window))
+
+    def _resolve_linear_layers(self):
+        """Names of sets of layers -> lists; and what linear attention cannot be combined with."""
+        every = list(range(self.n_layer))
+        named = {"all": every, "75%": [layer for layer in every if (self.n_layer - layer) % 4]}
+        layers = [] if self.linear_layers is None else self.linear_layers
+        if isinstance(layers, str):
+            if layers not in named:
+                raise InputError(f'linear_layers={layers!r} is not known; use "all", "75%" or a list of layers')
+            layers = named[layers]
+        if sorted(set(layers) & set(every)) != sorted(layers):
+            raise InputError(f"linear_layers={layers} must be distinct layers from 0 to {self.n_layer - 1}")
+        self.linear_layers = sorted(layers)
+        if self.carry_linear_state and not self.linear_layers:
+            raise InputError("carry_linear_state=True carries sums of linear layers; name some in linear_layers")
+        if self.carry_linear_state and self.pool_layers:
+            raise InputError(
+                f"carry_linear_state=True cannot be combined with pool_layers={self.pool_layers}; leave one of them out"
+            )
 
     def _check_window(self):
         if self.window < 2:

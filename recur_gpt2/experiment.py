@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .checkpoints import whole_folder
-from .configuration import RecurGPT2Config
+from .configuration import OWN_FIELDS, RecurGPT2Config
 from .corpora import Corpus, load_corpus
 from .errors import InputError
 from .evaluation import CONTROLS, PROTOCOLS, Evaluation, evaluate, gap_covered_interval
 from .files import atomic_write_text
 from .initialization import load_config, refusing_damage
-from .modeling import RecurGPT2LMHeadModel
+from .modeling import RecurGPT2LMHeadModel, is_new
 from .precision import autocast_dtype
 from .processes import Processes
 from .report import gap_covered, write_report
@@ -51,7 +51,7 @@ class ExperimentArguments:
     """Settings of one comparison."""
 
     model: str
-    """GPT-2 checkpoint: hub id or folder."""
+    """GPT-2 checkpoint, or a model of ours to go on with: hub id or folder."""
     data: str
     """Documents, as `load_corpus` takes them."""
     output_dir: Path
@@ -60,8 +60,8 @@ class ExperimentArguments:
     """T, tokens a window."""
     recurrence: str = "default"
     """Preset of RecurGPT2Config."""
-    recurrence_options: dict = field(default_factory=dict)
-    """Fields of RecurGPT2Config that differ from the preset."""
+    model_options: dict = field(default_factory=dict)
+    """Fields of RecurGPT2Config that differ from the preset: slots, layers, linear attention."""
     training: TrainingArguments = field(default_factory=TrainingArguments)
     """How both are finetuned."""
     eval_split: str = "test"
@@ -102,10 +102,8 @@ def run_experiment(args: ExperimentArguments) -> dict | None:
         train = load_corpus(args.data, "train", tokenizer)
         if processes.is_main:
             documents = evaluation_documents(load_corpus(args.data, args.eval_split, tokenizer), args.eval_tokens)
-        base = RecurGPT2LMHeadModel.from_gpt2(args.model, window=args.window, recurrence="none")
-        model = RecurGPT2LMHeadModel.from_gpt2(
-            args.model, window=args.window, recurrence=args.recurrence, **args.recurrence_options
-        )
+        model = _load(args)
+        base = plain_copy(model)
     args.training.precision = _precision(args, base, processes)
 
     # Both before any evaluation: the other processes need not wait for it, they are done.
@@ -151,6 +149,34 @@ def _device(name):
     return name
 
 
+def _load(args):
+    """The model to finetune: a GPT-2 with what the arguments add to it, or one of ours as it is."""
+    config = load_config(args.model)
+    if config.model_type != RecurGPT2Config.model_type:
+        return RecurGPT2LMHeadModel.from_gpt2(
+            args.model, window=args.window, recurrence=args.recurrence, **args.model_options
+        )
+    differing = {key: value for key, value in args.model_options.items() if getattr(config, key) != value}
+    if args.recurrence != ExperimentArguments.recurrence and args.recurrence != config.recurrence:
+        differing["recurrence"] = args.recurrence
+    if differing:
+        key, value = next(iter(differing.items()))
+        raise InputError(
+            f"{args.model} was made with {key}={getattr(config, key)!r}, not {value!r}; leave that option out, or "
+            f"start from a GPT-2"
+        )
+    return load_any(args.model, args.window)
+
+
+def plain_copy(model: RecurGPT2LMHeadModel) -> RecurGPT2LMHeadModel:
+    """The GPT-2 inside: its weights and window, softmax attention, nothing carried."""
+    fields = {key: value for key, value in model.config.to_dict().items() if key not in OWN_FIELDS}
+    plain = RecurGPT2LMHeadModel(RecurGPT2Config(**fields | {"window": model.config.window, "recurrence": "none"}))
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not is_new(name)}
+    plain.load_state_dict(weights)
+    return plain.to(model.dtype).eval()
+
+
 def _claim(args):
     """Make the output folder ours, or refuse."""
     settings = args.output_dir / "settings.json"
@@ -178,17 +204,21 @@ def _precision(args, model, processes):
 
 def _finetune(args, model, corpus, tokenizer, name, processes):
     folder = args.output_dir / name
-    settings = TrainingArguments(**asdict(args.training) | {"recurrent": name == "recurrent"})
+    options = (
+        {"recurrent": True} if name == "recurrent" else {"recurrent": False, "transfer_steps": 0, "new_first_steps": 0}
+    )
+    settings = TrainingArguments(**asdict(args.training) | options)
     trainer = Trainer(model, corpus, settings, folder, device=args.device)
     history = trainer.run(resume=args.resume, description=f"finetuning, {name}")
     model.cpu()
     with processes.agreeing():
         if processes.is_main:
-            _save_model(model, tokenizer, folder / "model")
+            save_model(model, tokenizer, folder / "model")
     return history
 
 
-def _save_model(model, tokenizer, folder):
+def save_model(model: RecurGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer, whole or not at all."""
     try:
         with whole_folder(folder) as unfinished:
             model.save_pretrained(unfinished, tokenizer=tokenizer)
@@ -204,7 +234,7 @@ def _evaluate_all(args, documents, tokenizer, models) -> dict[str, Evaluation]:
         if name == "recurrent":
             plans["recurrent"] = model, "recurrent", None
             plans["recurrent_overlap"] = model, "recurrent+overlap", None
-            if model.config.memory_slots:
+            if model.config.is_recurrent:
                 plans |= {f"recurrent_{control}": (model, "recurrent", control) for control in CONTROLS}
         else:
             plans[f"{name}_disjoint"] = model, "disjoint", None
@@ -278,7 +308,7 @@ def evaluate_model(
     tokenizer = load_tokenizer(name_or_path)
     model = load_any(name_or_path, window, recurrence).to(device)
     documents = evaluation_documents(load_corpus(data, split, tokenizer), eval_tokens)
-    possible = (*PROTOCOLS, *CONTROLS) if model.config.memory_slots else PROTOCOLS[:2]
+    possible = (*PROTOCOLS, *CONTROLS) if model.config.is_recurrent else PROTOCOLS[:2]
     if len(documents) < 2:
         possible = tuple(name for name in possible if name != "shuffled")
     unknown = [name for name in protocols or () if name not in possible]

@@ -28,6 +28,9 @@ class FeatureMap(nn.Module):
         super().__init__()
         self.heads, self.width, self.out_features, self.seed = heads, width, out_features, seed
 
+    def reset_parameters(self):
+        """Back to how the map starts."""
+
     def features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys (..., H, T, d) -> phi of both, (..., H, T, k)."""
         return self(query * self.query_scale), self(key)
@@ -180,21 +183,23 @@ def make_feature_map(name: str, heads: int, width: int, feature_size: int, *, se
     return FEATURE_MAPS[name](heads, width, feature_size, seed=seed)
 
 
-def softmax_divergence(feature_map: FeatureMap, query: Tensor, key: Tensor) -> Tensor:
-    """How far a map's causal attention weights are from softmax's: mean Kullback-Leibler divergence in nats a query.
+def softmax_divergence(feature_map: FeatureMap, query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
+    """How far a map's attention weights are from softmax's: mean Kullback-Leibler divergence in nats a query.
 
     Args:
-        query, key: (B, H, T, d), as softmax attention takes them. It is quadratic in T.
+        query, key: (B, H, T, d) and (B, H, S, d), as softmax attention takes them. It is quadratic in T.
+        visible: (T, S) or (B, 1, T, S) bool, what each query attends to; None for S = T and causal.
 
     Returns:
         (), with gradient for the map, and through its features for q and k; softmax's side is taken as given.
     """
     query, key = widen(query), widen(key)
-    future = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
+    if visible is None:
+        visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     with torch.no_grad():
-        wanted = (query @ key.mT * feature_map.width**-0.5).masked_fill(future, -torch.inf).softmax(dim=-1)
+        wanted = (query @ key.mT * feature_map.width**-0.5).masked_fill(~visible, -torch.inf).softmax(dim=-1)
     query, key = feature_map.features(query, key)
-    products = (query @ key.mT).tril()
+    products = (query @ key.mT) * visible
     # The ratio first, then its logarithm: were both floored apart, features that are all zero would fit best.
     weights = products / products.sum(dim=-1, keepdim=True).clamp_min(feature_map.floor)
     log_weights = (weights.clamp_min(0) + PROBABILITY_FLOOR).log()

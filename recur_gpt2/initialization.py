@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig, GPT2LMHeadModel, PretrainedConfig
 
 from .errors import InputError
+from .feature_maps import fit_to_softmax
 
 if TYPE_CHECKING:
     from .modeling import RecurGPT2Model
 
+LONGEST_FIT = 256  # tokens that feature maps are fitted on: the fit is quadratic in them
 SAMPLES = 32  # stretches of tokens that the position shifts are averaged over
 FREQUENCY_CONTEXT = 2  # random tokens before the model is asked how frequent each token is
 
@@ -91,6 +95,26 @@ def fit_slots(model: RecurGPT2Model) -> None:
         _fit_keys_and_values(model)
 
 
+@torch.no_grad()
+def fit_feature_maps(model: RecurGPT2Model) -> None:
+    """Start the feature maps of linear layers where their attention is nearest to softmax, before any training.
+
+    Measured on the model itself, without data: likely tokens are read with softmax attention in all layers, and each
+    map is fitted to the weights that its queries and keys have there. docs/t2r.md compares this with other starts.
+    """
+    layers = model.config.linear_layers
+    if not layers:
+        return
+    length = min(model.config.window, LONGEST_FIT)
+    reading = _read_plainly(model, _likely_tokens(model, (SAMPLES, length)), torch.arange(length))
+    with tqdm(total=len(layers), desc="fitting feature maps", unit="layer", leave=False) as bar:
+        for block, (_, query, key, _) in zip(model.h, reading, strict=False):
+            if block.feature_map is not None:
+                with torch.enable_grad():
+                    fit_to_softmax(block.feature_map, query * block.query_factor, key)
+                bar.update()
+
+
 def _fit_keys_and_values(model):
     config = model.config
     last, offset, end = config.last_slots, config.position_offset, config.position_offset + config.window
@@ -111,8 +135,9 @@ def _fit_keys_and_values(model):
 
 def _fit_embeddings(model):
     config = model.config
-    hidden = model(_likely_tokens(model, (SAMPLES, 1)).to(model.wte.weight.device), output_hidden_states=True)
-    first = torch.stack([hidden.hidden_states[layer].mean(dim=(0, 1)) for layer in config.insert_layers]).mean(dim=0)
+    reading = _read_plainly(model, _likely_tokens(model, (SAMPLES, 1)), torch.zeros(1, dtype=torch.int64))
+    inputs = [hidden.mean(dim=(0, 1)) for hidden, *_ in reading]
+    first = torch.stack([inputs[layer] for layer in config.insert_layers]).mean(dim=0)
     model.recurrence["pooled"].net[-1].bias.copy_(first.repeat(config.pooled_slots))
 
 
@@ -120,21 +145,32 @@ def _likely_tokens(model, shape):
     """Independent tokens, each as frequent as the model expects it to be after random ones."""
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(model.config.vocab_size, (SAMPLES, FREQUENCY_CONTEXT), generator=generator)
-    hidden = model(random.to(model.wte.weight.device)).last_hidden_state[:, -1]
+    *_, (last, *_) = _read_plainly(model, random, torch.arange(FREQUENCY_CONTEXT))
+    hidden = model.ln_f(last[:, -1])
     expected = (hidden @ model.wte.weight.T).softmax(dim=-1).mean(dim=0).cpu()
     return torch.multinomial(expected, shape[0] * shape[1], replacement=True, generator=generator).view(shape)
 
 
 def _mean_keys_and_values(model, tokens, positions) -> list[Tensor]:
     """Each layer's mean keys and values (2, H, n, d) of plain GPT-2 over (samples, n) tokens at (n,) positions."""
+    read = _read_plainly(model, tokens, positions)
+    return [torch.stack((key.mean(dim=0), value.mean(dim=0))) for _, _, key, value in islice(read, len(model.h))]
+
+
+def _read_plainly(model, tokens, positions) -> Iterator[tuple[Tensor, ...]]:
+    """(samples, n) tokens at (n,) positions through plain GPT-2, with softmax attention in all layers.
+
+    Yields:
+        For each layer its input (samples, n, D) and its queries, keys and values (samples, H, n, d); then the output
+        of the last layer, alone.
+    """
     device = model.wte.weight.device
     hidden = model.wte(tokens.to(device)) + model.wpe(positions.to(device))
-    means = []
     for block in model.h:
         query, key, value = block.project(hidden)
-        means.append(torch.stack((key.mean(dim=0), value.mean(dim=0))))
+        yield hidden, query, key, value
         attended = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=block.attn.scaling
         )
         hidden = block.finish(hidden, attended)
-    return means
+    yield (hidden,)

@@ -20,14 +20,25 @@ from transformers.utils import ModelOutput
 
 from .configuration import OWN_FIELDS, RecurGPT2Config
 from .errors import InputError
-from .initialization import fit_slots, load_gpt2
+from .feature_maps import FeatureMap
+from .initialization import fit_feature_maps, fit_slots, load_gpt2
 from .layers import RecurGPT2Block
 from .losses import IGNORE, summed_loss
 from .padding import Packing
 from .reading import FreshWindows, ResumedWindows
 from .recurrence import LayerMemory, PooledMemory, make_recurrence
 from .state import RecurState
-from .walking import LayerWalk, PooledWalk
+from .walking import LayerWalk, PooledWalk, Teach
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter of this name is none of GPT-2's."""
+    return any(part in {"recurrence", "feature_map", "state_decay"} for part in name.split("."))
+
+
+def is_feature_map(name: str) -> bool:
+    """Whether a parameter of this name is a feature map's."""
+    return "feature_map" in name.split(".")
 
 
 @dataclass
@@ -74,7 +85,7 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, LayerMemory | PooledMemory):
+        if isinstance(module, LayerMemory | PooledMemory | FeatureMap):
             module.reset_parameters()
 
     @classmethod
@@ -102,11 +113,33 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
         model = cls(RecurGPT2Config(**fields)).to(base.dtype)
         source = base if hasattr(model, "lm_head") else base.transformer
         missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
-        alien = [name for name in missing if "recurrence." not in name] + unexpected
+        alien = [name for name in missing if not is_new(name)] + unexpected
         if alien:
             raise InputError(f"{name_or_path} does not hold a whole GPT-2; these weights do not fit: {alien[:5]}")
-        fit_slots(getattr(model.eval(), "transformer", model))
+        core = getattr(model.eval(), "transformer", model)
+        fit_slots(core)
+        fit_feature_maps(core)
         return model
+
+    def fuse_feature_maps(self):
+        """Fold the feature maps of linear layers into their projections of queries and keys, for faster inference.
+
+        Exact up to rounding. The folded weights are a copy, which is not saved: call this again after the weights have
+        changed. `train()` undoes it. Maps that are not affine before their nonlinearity (elu, rfa) stay as they are.
+
+        Returns:
+            The model itself.
+        """
+        for block in getattr(self, "transformer", self).h:
+            block.fuse_feature_map()
+        return self
+
+    def train(self, mode: bool = True):
+        """As in PyTorch; training goes on with the feature maps themselves."""
+        if mode:
+            for block in getattr(self, "transformer", self).h:
+                block.unfuse_feature_map()
+        return super().train(mode)
 
     def save_pretrained(self, save_directory, *args, tokenizer=None, **kwargs):
         """As in transformers; with `tokenizer`, its files are saved beside the model."""
@@ -186,14 +219,26 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         Returns:
             Hidden states (B, W, T, D) after the final layer norm, and the state after the last window.
         """
+        hidden, state = self._read(input_ids, starts, state)
+        return hidden[-1], state
+
+    def _read(self, input_ids, starts, state, teach=None):
         rows, windows, length = input_ids.shape
         state = self._checked_state(state, rows)
         has_memory = torch.ones(rows, windows, dtype=torch.bool)
         has_memory[:, 0] = state.windows > 0
         tokens = torch.full((rows,), windows * length)
         stretch = FreshWindows(state, has_memory & ~starts, tokens, self.config.window)
-        hidden, state = self._run(input_ids, stretch, every_layer=False)
-        return hidden[-1], state
+        return self._run(input_ids, stretch, every_layer=False, teach=teach)
+
+    def teach(self, input_ids: Tensor, starts: Tensor, state: RecurState | None, teach: Teach) -> RecurState:
+        """`read` with softmax attention in all layers, as before conversion -> the state after the last window.
+
+        Args:
+            teach: called in every layer whose own attention is linear, with the block, its queries and keys
+                (B, W, H, T, d), keys of its memory (B, W, H, M, d) or None, and which windows have memory.
+        """
+        return self._read(input_ids, starts, state, teach)[1]
 
     def _checked_state(self, state, rows):
         if state is None:
@@ -225,11 +270,12 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         ids = packing.take(rows, done[rows], int(tokens.max()) if windows == 1 else windows * window)
         return rows, FreshWindows(picked, has_memory, tokens, window), ids.view(len(rows), windows, -1), tokens
 
-    def _run(self, input_ids, stretch, every_layer=True):
+    def _run(self, input_ids, stretch, *, every_layer=True, teach=None):
         """(B, W, T) tokens -> list of hidden states (B, W, T, D), L + 1 of them or the last ones; next state."""
         positions = stretch.positions(input_ids.shape[2], self.config.position_offset).to(input_ids.device)
         embedded = self.drop(self.wte(input_ids) + self.wpe(positions))
-        walk = (PooledWalk if self.config.pool_layers else LayerWalk)(self, stretch, every_layer=every_layer)
+        form = PooledWalk if self.config.pool_layers else LayerWalk
+        walk = form(self, stretch, every_layer=every_layer, teach=teach)
         hidden = [*([embedded] if every_layer else []), *walk.run(embedded)]
         hidden[-1] = self.ln_f(hidden[-1])
         return hidden, stretch.next_state(walk.memory, walk.window)

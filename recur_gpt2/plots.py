@@ -124,7 +124,7 @@ def plot_training(results, path):
     figure, (axes,) = new_figure(height=5.0)
     ends = []
     for name, style in styles.items():
-        if records := training.get(name):
+        if records := [record for record in training.get(name, ()) if "loss" in record]:  # not attention transfer
             tokens = [record["tokens"] for record in records]
             losses = np.array([record["loss"] for record in records], dtype=float)
             smooth = running_mean(losses, reach=len(losses) // 40)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention import KeyValue, resumed_attention, window_attention
+from .linear_attention import LinearState, linear_attention
 from .state import RecurState
 
 
@@ -22,7 +23,10 @@ class FreshWindows:
         has_memory: (B, W) bool on the CPU, whether each window continues the one before.
         completed: B numbers, windows of each row that end full.
         filled: B numbers, tokens in each row's unfinished window afterwards.
+        fresh: whether the windows only begin.
     """
+
+    fresh = True
 
     def __init__(self, state: RecurState, has_memory: Tensor, tokens: Tensor, window: int):
         """`tokens`: (B,) int64, tokens of each row; whatever lies beyond them is padding."""
@@ -30,6 +34,11 @@ class FreshWindows:
         counts = tokens.tolist()
         self.completed, self.filled = [n // window for n in counts], [n % window for n in counts]
         self._continues = has_memory.tolist()
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a window that holds tokens has pads behind them."""
+        return any(self.filled)
 
     def reads(self, windows: slice = slice(None)) -> bool | Tensor:
         """Whether these windows have memory: True, False or, where they differ, (B * W,) bool."""
@@ -54,6 +63,43 @@ class FreshWindows:
         flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
         memory = None if memory is None else tuple(tensor.flatten(0, 1) for tensor in memory)
         return window_attention(*flat, memory, has_memory, **options).view(query.shape)
+
+    def attend_linearly(
+        self, query, key, value, start: LinearState | None, floor: float, windows: slice = slice(None)
+    ) -> tuple[Tensor, LinearState]:
+        """Linear attention of some of the windows.
+
+        Args:
+            query, key: features (B, W', H, T, k).
+            value: (B, W', H, T, d).
+            start: (S, z) before each window's first token here, (B, W', H, k, d) and (B, W', H, k); None for zeros.
+            floor: least denominator.
+
+        Returns:
+            (B, W', H, T, d), and (S, z) after each window's tokens.
+        """
+        mask = ~self.pads(query.shape[3])[:, windows].flatten(0, 1).to(query.device) if self.is_padded else None
+        flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        start = None if start is None else tuple(tensor.flatten(0, 1) for tensor in start)
+        out, state = linear_attention(*flat, start, mask=mask, floor=floor)
+        return out.view(value.shape), tuple(tensor.unflatten(0, value.shape[:2]) for tensor in state)
+
+    def sums(self, layer: str) -> Tensor | None:
+        """(B, 1, H, k, d + 1) of the windows so far, S with z beside it; None for windows that only begin."""
+        return None
+
+    def last_positions(self, layer: str, key: Tensor, value: Tensor, count: int) -> KeyValue:
+        """Keys and values of the last `count` positions of each window, (B, W, H, count, d); of full ones only.
+
+        `key` may hold as little as those positions.
+        """
+        return key[..., key.shape[-2] - count :, :], value[..., value.shape[-2] - count :, :]
+
+    def unfinished_tail(self, layer: str, key: Tensor, value: Tensor, count: int) -> Tensor:
+        """(B, W, H, T, d) -> (B, 2, H, count, d) of each row's unfinished window, aligned to the end, zero in front."""
+        index = self._last_begun(key.shape[1])
+        both = torch.stack([_pick(tensor, index) for tensor in (key, value)], dim=1)
+        return _ending_at(torch.nn.functional.pad(both, (0, 0, count, 0)), self.filled, count)
 
     def next_state(self, memory: dict[str, Tensor], window: dict[str, Tensor]) -> RecurState:
         goes_on, read = [], []  # whether the state's document does, and the full windows of the last one in here
@@ -82,10 +128,11 @@ class FreshWindows:
         inside = (torch.arange(longest) < torch.tensor(self.filled)[:, None]).to(kept.device)
         return kept * inside[:, None, None, :, None]
 
-    def unfinished_sum(self, sums: Tensor) -> Tensor:
-        """(B, W, p, D) -> (B, p, D) of each row's unfinished window, zero where there is none."""
+    def unfinished_sums(self, sums: Tensor) -> Tensor:
+        """(B, W, ...) -> (B, ...) of each row's unfinished window, zero where there is none."""
         kept = _pick(sums, self._last_begun(sums.shape[1]))
-        return kept * (torch.tensor(self.filled) > 0).to(kept.device)[:, None, None]
+        begun = (torch.tensor(self.filled) > 0).to(kept.device)
+        return kept * begun.view(-1, *[1] * (kept.ndim - 1))
 
     def _last_begun(self, windows):
         return [min(completed, windows - 1) for completed in self.completed]
@@ -93,6 +140,12 @@ class FreshWindows:
 
 class ResumedWindows(FreshWindows):
     """One window of each row, continued: row b's n tokens stand behind the `state.filled[b]` that it holds. W = 1."""
+
+    fresh = False
+
+    @property
+    def is_padded(self) -> bool:
+        return not _alike(self.new_tokens.tolist())
 
     def __init__(self, state: RecurState, has_memory: Tensor, tokens: Tensor, window: int):
         super().__init__(state, has_memory, state.filled + tokens, window)
@@ -113,6 +166,18 @@ class ResumedWindows(FreshWindows):
         both = self._append(old, new)
         return both[:, None, 0], both[:, None, 1]
 
+    def sums(self, layer: str) -> Tensor | None:
+        return self.state.window[f"linear.{layer}"][:, None]
+
+    def last_positions(self, layer: str, key: Tensor, value: Tensor, count: int) -> KeyValue:
+        tail = self.unfinished_tail(layer, key, value, count)
+        return tail[:, None, 0], tail[:, None, 1]
+
+    def unfinished_tail(self, layer: str, key: Tensor, value: Tensor, count: int) -> Tensor:
+        old, new = self.state.window[f"tail.{layer}"], torch.stack((key[:, 0], value[:, 0]), dim=1)
+        both = torch.cat((old, new.to(old.dtype)), dim=-2)
+        return _ending_at(both, self.new_tokens.tolist(), count)
+
     def _append(self, old, new):
         """(B, 2, H, F, d) and (B, 2, H, n, d) -> (B, 2, H, F', d), row b's new ones at `filled[b]`."""
         filled = self._filled_before
@@ -130,6 +195,15 @@ class ResumedWindows(FreshWindows):
         memory = None if memory is None else tuple(tensor[:, 0] for tensor in memory)
         parts = query[:, 0], key[:, 0], value[:, 0]
         return resumed_attention(*parts, memory, has_memory, self._filled_before, **options)[:, None]
+
+
+def _ending_at(tensor, ends, count):
+    """(B, ..., count + n, d) -> (B, ..., count, d): row b's places from `ends[b]` on."""
+    if _alike(ends):
+        return tensor[..., ends[0] : ends[0] + count, :].clone()  # a view would keep what lies around it
+    places = (torch.tensor(ends)[:, None] + torch.arange(count)).to(tensor.device)
+    index = places.view(len(ends), *[1] * (tensor.ndim - 3), count, 1)
+    return tensor.gather(-2, index.expand(*tensor.shape[:-2], count, tensor.shape[-1]))
 
 
 def _alike(numbers):

@@ -27,10 +27,13 @@ class RecurState:
             this is positive.
         filled: (B,) int64 on the CPU, tokens of the window that is not full yet.
         memory: what the last full window left. Without `pool_layers`: {"<layer>": (B, 2, H, pooled + last slots,
-            D / H)}, keys and values. With them: {"pooled": (B, len(pool_layers), D)}, mean hidden states.
+            D / H)}, keys and values. With them: {"pooled": (B, len(pool_layers), D)}, mean hidden states. With
+            `carry_linear_state` also {"linear.<layer>": (B, H, k, D / H + 1)}, S with z beside it.
         window: what is needed inside the window that is not full yet: {"<layer>": (B, 2, H, F, D / H)}, its keys
             and values, zero beyond a row's `filled`, F the largest of them; with `pool_layers` also
-            {"pooled": (B, len(pool_layers), D)}, the sums of its hidden states.
+            {"pooled": (B, len(pool_layers), D)}, the sums of its hidden states. Layers with linear attention have
+            {"linear.<layer>": (B, H, k, D / H + 1)} instead, S with z beside it, and, if they leave memory,
+            {"tail.<layer>": (B, 2, H, n, D / H)}, the last n keys and values, aligned to the end, zero in front.
     """
 
     windows: Tensor
@@ -112,7 +115,7 @@ class RecurState:
         if not longest:
             return replace(self, window={})
         window = self.window.items()
-        return replace(self, window={k: v if k == "pooled" else v[..., :longest, :] for k, v in window})
+        return replace(self, window={k: v[..., :longest, :] if k.isdigit() else v for k, v in window})
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> RecurState:
         return replace(

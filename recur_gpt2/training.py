@@ -23,11 +23,12 @@ from tqdm import tqdm
 from .checkpoints import Checkpoint, Checkpoints
 from .errors import InputError
 from .losses import summed_loss
-from .modeling import RecurGPT2LMHeadModel
+from .modeling import RecurGPT2LMHeadModel, is_feature_map, is_new
 from .precision import autocast_dtype
 from .processes import Processes
 from .recomputation import recomputed
 from .state import RecurState
+from .transfer import TransferLoss
 from .windows import Segment, TrainingLanes
 
 if TYPE_CHECKING:
@@ -47,7 +48,13 @@ class TrainingArguments:
     lr: float = 3e-5
     """Peak learning rate of the pretrained parameters."""
     recurrence_lr: float = 3e-3
-    """Peak learning rate of the recurrence's parameters."""
+    """Peak learning rate of what is new: the recurrence, feature maps, the decay of carried sums."""
+    transfer_steps: int = 0
+    """Steps of attention transfer before finetuning: feature maps learn the softmax attention that they replace."""
+    transfer_lr: float = 1e-2
+    """Peak learning rate of these steps."""
+    new_first_steps: int = 0
+    """So many of `steps`, at their start, train what is new alone."""
     warmup: float = 0.05
     """Share of the steps over which the rates rise; afterwards they fall linearly to zero."""
     weight_decay: float = 0.01
@@ -75,9 +82,19 @@ class TrainingArguments:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         if self.parallel_windows is not None and self.parallel_windows < 1:
             raise InputError(f"parallel_windows={self.parallel_windows} must be at least 1")
-        for name in ("lr", "recurrence_lr", "clip"):
+        for name in ("transfer_steps", "new_first_steps"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} must not be negative")
+        if self.new_first_steps > self.steps:
+            raise InputError(f"new_first_steps={self.new_first_steps} exceeds steps={self.steps}; use {self.steps}")
+        for name in ("lr", "recurrence_lr", "transfer_lr", "clip"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name)} must be positive")
+
+    @property
+    def all_steps(self) -> int:
+        """Optimizer steps in all, transfer included."""
+        return self.transfer_steps + self.steps
 
     @property
     def block(self) -> int:
@@ -137,8 +154,10 @@ class Trainer:
         device: str = "auto",
     ):
         """`folder` holds checkpoints and logs. `device`: "auto", "cpu" or "cuda"."""
+        _check_transfer(model, args)
         self.args, self.folder, self.corpus = args, Path(folder), corpus
         self.model = model
+        self.learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.processes = Processes(device)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self._settings(), self.processes)
         self.history: list[dict] = []
@@ -148,7 +167,8 @@ class Trainer:
         """Train for `args.steps`, from the last checkpoint with `resume`.
 
         Returns:
-            One {"step", "tokens", "loss" (nats per token), "tokens_per_second"} a step.
+            One {"step", "tokens", "loss" (nats per token), "tokens_per_second"} a step; steps of attention transfer
+            have "divergence" (nats per query) in place of the loss.
 
         Raises:
             InputError: the folder's checkpoints are of other settings, or of an earlier run that is not to be resumed;
@@ -168,12 +188,11 @@ class Trainer:
             step, tokens, state, lanes = self._start(saved)
         processes.share_parameters(self.model)
         dtype = self._dtype(saved)
-        loss = SegmentLoss(self.model, self.args)
         self.model.train()
         # From purge_step on, TensorBoard forgets what a killed run logged after its last checkpoint.
         writer = SummaryWriter(self.folder / "logs", purge_step=step + 1) if processes.is_main else None
         bar = tqdm(
-            total=self.args.steps,
+            total=self.args.all_steps,
             initial=step,
             desc=description,
             unit="step",
@@ -182,17 +201,18 @@ class Trainer:
         )
         stopping = False  # looked up once a step: a signal in between is one for the next step
         with self._interruptible(), bar:
-            while step < self.args.steps and not stopping:
+            while step < self.args.all_steps and not stopping:
                 began = time.perf_counter()
                 set_rates(optimizer, self.args, step)
+                loss, measure = self._phase(step)
                 nats, count, state = self._step(loss, optimizer, lanes, state, dtype)
                 step, tokens = step + 1, tokens + count
-                row = {"step": step, "tokens": tokens, "loss": nats / count}
+                row = {"step": step, "tokens": tokens, measure: nats / count}
                 row["tokens_per_second"] = count / (time.perf_counter() - began)
                 self.history.append(row)
                 self._log(writer, bar, row)
                 stopping = processes.any(self._stop)
-                if step % self.args.save_every == 0 or step == self.args.steps or stopping:
+                if step % self.args.save_every == 0 or step == self.args.all_steps or stopping:
                     self._save(step, tokens, optimizer, state, lanes, dtype)
         if writer is not None:
             writer.close()
@@ -200,6 +220,17 @@ class Trainer:
         if processes.any(self._stop):
             raise KeyboardInterrupt(f"stopped after step {step}; --resume goes on from there")
         return self.history
+
+    def _phase(self, step) -> tuple[nn.Module, str]:
+        """The loss of this step, and what it is called; sets which parameters learn."""
+        if step < self.args.transfer_steps:
+            learns, phase = is_feature_map, (TransferLoss(self.model, recurrent=self.args.recurrent), "divergence")
+        else:
+            new_alone = step - self.args.transfer_steps < self.args.new_first_steps
+            learns, phase = is_new if new_alone else bool, (SegmentLoss(self.model, self.args), "loss")
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.learning and learns(name))
+        return phase
 
     def _step(self, loss, optimizer, lanes, state, dtype):
         """One optimizer step -> nats and scored tokens of all processes, and the state of this one's lanes."""
@@ -268,9 +299,10 @@ class Trainer:
 
     def _log(self, writer, bar, row):
         bar.update()
-        bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_second']:,.0f}")
+        measure = "loss" if "loss" in row else "divergence"
+        bar.set_postfix({measure: f"{row[measure]:.3f}", "tok_s": f"{row['tokens_per_second']:,.0f}"})
         if writer is not None:
-            for name in ("loss", "tokens_per_second"):
+            for name in (measure, "tokens_per_second"):
                 writer.add_scalar(name, row[name], row["step"])
 
     @contextmanager
@@ -302,6 +334,10 @@ MODEL_SETTINGS = {
     "pooled_slots",
     "recurrence_width",
     "position_offset",
+    "linear_layers",
+    "feature_map",
+    "feature_size",
+    "carry_linear_state",
     "n_layer",
     "n_embd",
     "n_head",
@@ -315,16 +351,30 @@ MODEL_SETTINGS = {
 }
 
 
+def _check_transfer(model, args):
+    if args.transfer_steps and not any(map(is_feature_map, dict(model.named_parameters()))):
+        raise InputError(
+            f"transfer_steps={args.transfer_steps} teaches feature maps, and this model has none that learns; "
+            f"convert it (--attention t2r, with another map than elu) or leave the transfer out"
+        )
+
+
 def make_optimizer(model: RecurGPT2LMHeadModel, args: TrainingArguments) -> torch.optim.AdamW:
-    """AdamW; the recurrence, which is new, learns at a rate of its own. Only pretrained matrices decay."""
-    groups = {"decayed": [], "plain": [], "recurrence": []}
+    """AdamW; what is new (recurrence, feature maps) learns at a rate of its own. Only pretrained matrices decay."""
+    groups = {"decayed": [], "plain": [], "new": []}
     for name, parameter in model.named_parameters():
-        kind = "recurrence" if ".recurrence." in name else "decayed" if parameter.ndim >= 2 else "plain"
+        kind = "new" if is_new(name) else "decayed" if parameter.ndim >= 2 else "plain"
         groups[kind].append(parameter)
-    rates = {"decayed": args.lr, "plain": args.lr, "recurrence": args.recurrence_lr}
+    rates = {"decayed": args.lr, "plain": args.lr, "new": args.recurrence_lr}
     return torch.optim.AdamW(
         [
-            {"params": groups[kind], "lr": rate, "peak": rate, "weight_decay": args.weight_decay * (kind == "decayed")}
+            {
+                "params": groups[kind],
+                "lr": rate,
+                "peak": rate,
+                "new": kind == "new",
+                "weight_decay": args.weight_decay * (kind == "decayed"),
+            }
             for kind, rate in rates.items()
             if groups[kind]
         ],
@@ -334,8 +384,14 @@ def make_optimizer(model: RecurGPT2LMHeadModel, args: TrainingArguments) -> torc
 
 
 def set_rates(optimizer: torch.optim.Optimizer, args: TrainingArguments, step: int) -> None:
-    """Linear warm-up, then linear decay to zero; a function of the step alone."""
-    warmup = max(1, round(args.warmup * args.steps))
-    factor = min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
+    """Linear warm-up, then linear decay to zero, in attention transfer and in finetuning; a function of the step alone.
+
+    Pretrained parameters that wait for new ones begin with a warm-up of their own.
+    """
+    transfers, first = step < args.transfer_steps, args.transfer_steps
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
+        begins = first + (0 if group["new"] else args.new_first_steps)
+        begins, ends = (0, first) if transfers else (begins, args.all_steps)
+        warmup = max(1, round(args.warmup * (ends - begins)))
+        factor = min((step + 1 - begins) / warmup, (ends - step) / max(1, ends - begins - warmup))
+        group["lr"] = (args.transfer_lr if transfers else group["peak"]) * max(0.0, factor)

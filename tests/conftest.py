@@ -36,6 +36,21 @@ FORMS = {
     "none": {"recurrence": "none"},
 }
 WITH_MEMORY = [name for name in FORMS if name != "none"]
+# Linear attention, alone and with every form of memory.
+SMALL = {"feature_size": 6}
+LINEAR_FORMS = {
+    "t2r": {"recurrence": "none", "linear_layers": "all"} | SMALL,
+    "t2r, default": {"last_slots": 3, "linear_layers": "75%"} | SMALL,
+    "hedgehog, gated": FORMS["gated"] | {"linear_layers": "all", "feature_map": "hedgehog"} | SMALL,
+    "elu, all slots": FORMS["all slots, some layers"] | {"linear_layers": [1, 2], "feature_map": "elu"},
+    "rfa, sinks only": FORMS["sinks only"] | {"linear_layers": "all", "feature_map": "rfa"} | SMALL,
+    "hedgehog, yoshida2020": FORMS["yoshida2020"] | {"linear_layers": "all", "feature_map": "hedgehog"} | SMALL,
+    "t2r, pooled above": FORMS["pooled above"] | {"linear_layers": [0, 2, 3]} | SMALL,
+    "carried": {"recurrence": "none", "linear_layers": [0, 2], "carry_linear_state": True} | SMALL,
+    "carried, default": {"last_slots": 3, "linear_layers": "all", "carry_linear_state": True} | SMALL,
+}
+ALL_FORMS = FORMS | LINEAR_FORMS
+LINEAR_WITH_MEMORY = [name for name in LINEAR_FORMS if name != "t2r"]
 
 
 def perturb(module, std=0.3, seed=0):
@@ -94,8 +109,11 @@ def make_model(gpt2_folder):
     @cache
     def make(form="default", dtype=torch.float64, **options):
         torch.manual_seed(0)
-        model = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, **{"window": WINDOW} | FORMS[form] | options)
+        model = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, **{"window": WINDOW} | ALL_FORMS[form] | options)
         perturb(model.transformer.recurrence)
+        for block in model.transformer.h:
+            if block.state_decay is not None:
+                block.state_decay.data.uniform_(-1, 1)
         return model.to(dtype).eval()
 
     return make

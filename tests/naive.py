@@ -18,6 +18,24 @@ def attend(query, key, value, first_place, slots, scale):
     return out
 
 
+def attend_linearly(feature_map, query, key, value, slots, start):
+    """The definition, one query at a time. `slots` keys stand in front, which every query sees.
+
+    start: (S, z), (H, k, d) and (H, k), that the sums begin with. -> (H, n, d), and the sums at the end
+    """
+    query, key = feature_map.features(query, key)
+    out, (sums, norms) = torch.zeros_like(value[:, slots:]), (each.clone() for each in start)
+    for j in range(key.shape[1]):
+        sums += key[:, j, :, None] * value[:, j, None, :]
+        norms += key[:, j]
+        if j >= slots:
+            i = j - slots
+            for head in range(len(query)):
+                denominator = (query[head, i] @ norms[head]).clamp_min(feature_map.floor)
+                out[head, i] = query[head, i] @ sums[head] / denominator
+    return out, (sums, norms)
+
+
 def write_layer_memory(recurrence, key, value, old):
     """One window's (H, T, d) keys and values -> raw memory (2, H, slots, d); old: that before it, or None."""
     rows = []
@@ -52,7 +70,7 @@ def split_heads(projected, heads):
 def read(model, ids):
     """A document (n,) -> logits (n, V)."""
     config, core = model.config, model.transformer
-    memory, logits = None, []
+    memory, carried, logits = None, {}, []
     for start in range(0, len(ids), config.window):
         tokens = ids[start : start + config.window]
         positions = torch.arange(len(tokens)) + (config.position_offset if start else 0)
@@ -67,7 +85,13 @@ def read(model, ids):
                 old_key, old_value = _read_memory(core, block, layer, memory)
                 slots = old_key.shape[1]
                 key, value = torch.cat((old_key, key), dim=1), torch.cat((old_value, value), dim=1)
-            heads = attend(query, key, value, 0, slots, block.attn.scaling)
+            if block.feature_map is None:
+                heads = attend(query, key, value, 0, slots, block.attn.scaling)
+            else:
+                carried[layer] = _decayed(block, carried.get(layer), value)
+                heads, carried[layer] = attend_linearly(
+                    block.feature_map, query * block.query_factor, key, value, slots, carried[layer]
+                )
             hidden = hidden + block.attn.c_proj(heads.transpose(0, 1).flatten(1))
             inner = ACT2FN[config.activation_function](block.mlp.c_fc(block.ln_2(hidden)))
             hidden = hidden + block.mlp.c_proj(inner)
@@ -76,6 +100,16 @@ def read(model, ids):
         if len(tokens) == config.window:
             memory = _write_memory(core, config, cache, outputs, memory)
     return torch.cat(logits)
+
+
+def _decayed(block, state, value):
+    """(S, z) that a window begins with: those at the end of the one before, decayed, or zeros."""
+    if state is None or block.state_decay is None:
+        features = block.feature_map.out_features
+        zeros = value.new_zeros(len(value), features, value.shape[2])
+        return zeros, zeros[..., 0]
+    decay = block.state_decay.sigmoid()
+    return decay[:, None, None] * state[0], decay[:, None] * state[1]
 
 
 def _write_memory(core, config, cache, outputs, old):

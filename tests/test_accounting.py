@@ -43,6 +43,13 @@ GRID = {
     "yoshida2020, into all": {"recurrence": "yoshida2020", "insert_layers": [0, 1, 2], "window": 16},
     "none": {"recurrence": "none"},
     "none, long windows": {"recurrence": "none", "window": 256},
+    "t2r": {"recurrence": "none", "linear_layers": "all", "window": 256},
+    "t2r, windows of less than a chunk": {"recurrence": "none", "linear_layers": "all", "window": 32},
+    "t2r, many features": {"recurrence": "none", "linear_layers": [1], "feature_size": 48, "window": 128},
+    "hedgehog, default": {"last_slots": 16, "linear_layers": [0, 2], "feature_map": "hedgehog", "feature_size": 64},
+    "elu, pooled slots": {"last_slots": 0, "pooled_slots": 4, "linear_layers": "all", "feature_map": "elu"},
+    "rfa, default": {"last_slots": 16, "linear_layers": "all", "feature_map": "rfa"},
+    "t2r, yoshida2020": {"recurrence": "yoshida2020", "linear_layers": "all"},
 }
 grid = pytest.mark.parametrize("options", GRID.values(), ids=GRID.keys())
 

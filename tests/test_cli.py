@@ -77,6 +77,50 @@ def test_finetune_writes_everything_and_prints_the_table(documents, tmp_path, ca
         assert (tmp_path / "out" / name).stat().st_size > 0
 
 
+def test_finetune_takes_linear_attention_and_its_transfer(documents, tmp_path, capsys):
+    flags = ["--attention", "t2r", "--t2r-layers", "75%", "--feature-map", "hedgehog", "--feature-size", "16"]
+    flags += ["--transfer-steps", "2", "--new-first-steps", "1", "--carry-linear-state", "--rows", "recurrent"]
+    assert finetune(documents, tmp_path / "out", *flags, "--no-control") == 0
+    config = json.loads((tmp_path / "out" / "recurrent" / "model" / "config.json").read_text())
+    assert config["linear_layers"] == [0, 1, 3, 4, 5]
+    assert (config["feature_map"], config["feature_size"], config["carry_linear_state"]) == ("hedgehog", 16, True)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    measures = [("divergence" in row, "loss" in row) for row in results["training"]["recurrent"]]
+    assert measures == [(True, False)] * 2 + [(False, True)] * 2
+
+
+def test_convert_writes_a_model_that_finetune_goes_on_with(documents, tmp_path, capsys):
+    converted = tmp_path / "converted"
+    options = ["--window", "16", "--feature-map", "elu", "--layers", "0", "4", "--output", str(converted)]
+    assert main(["convert", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "layers [0, 4] have linear attention now" in printed
+    assert f"recur-gpt2 finetune --model {converted}" in printed
+    flags = [
+        "--model",
+        str(converted),
+        "--recurrence",
+        "none",
+        "--rows",
+        "base_disjoint",
+        "finetuned_disjoint",
+        "recurrent",
+    ]
+    small = ["--window", "16", "--steps", "2", "--lanes", "2", "--bptt", "2", "--eval-tokens", "0", "--device", "cpu"]
+    command = ["finetune", "--data", str(documents), "--output-dir", str(tmp_path / "out"), *small, *flags]
+    assert main([*command, "--precision", "float32"]) == 0
+    config = json.loads((tmp_path / "out" / "recurrent" / "model" / "config.json").read_text())
+    assert config["linear_layers"] == [0, 4]
+    control = json.loads((tmp_path / "out" / "disjoint" / "model" / "config.json").read_text())
+    assert control["linear_layers"] == [], "the control is the GPT-2 in it"
+
+    assert "exists already; give another --output" in refused(main(["convert", *options]), capsys)
+    again = ["convert", "--model", str(converted), "--output", str(tmp_path / "twice")]
+    assert "layers [0, 4] have linear attention already" in refused(main(again), capsys)
+    other = [*command[:4], str(tmp_path / "other"), *command[5:], "--attention", "t2r", "--feature-map", "t2r"]
+    assert "was made with linear_layers=[0, 4], not 'all'" in refused(main(other), capsys)
+
+
 def test_evaluate_scores_a_saved_recurrent_model(documents, tmp_path, capsys):
     assert finetune(documents, tmp_path / "out", "--no-control") == 0
     model = tmp_path / "out" / "recurrent" / "model"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FORMS, WINDOW, assert_same_state, random_ids
+from conftest import ALL_FORMS, FORMS, WINDOW, assert_same_state, random_ids
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -19,6 +19,7 @@ from recur_gpt2 import RecurGPT2LMHeadModel, RecurState
 
 MINI = Path(__file__).resolve().parents[1] / "data" / "gpt2-mini"
 forms = st.sampled_from(list(FORMS))
+all_forms = st.sampled_from(list(ALL_FORMS))
 parallels = st.sampled_from([1, 2, 3, 50])
 
 
@@ -75,7 +76,7 @@ def test_a_first_window_of_a_real_gpt2_is_that_gpt2():
 
 @property_test(60)
 @given(
-    form=forms,
+    form=all_forms,
     pieces=st.lists(st.tuples(st.integers(1, 3 * WINDOW), parallels), min_size=1, max_size=6),
     parallel=parallels,
 )
@@ -92,7 +93,7 @@ def test_a_document_in_pieces_is_the_document_at_once(make_model, form, pieces, 
     assert_same_state(state, whole.state)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @torch.no_grad()
 def test_token_by_token_is_the_document_at_once(make_model, form):
     model, ids = make_model(form), random_ids(2, 2 * WINDOW + 3)
@@ -104,7 +105,7 @@ def test_token_by_token_is_the_document_at_once(make_model, form):
     assert_same_state(state, whole.state)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @torch.no_grad()
 def test_reading_whole_windows_is_reading_the_document(make_model, form):
     """`read`, which training walks through, and `forward`, which users call."""
@@ -115,7 +116,7 @@ def test_reading_whole_windows_is_reading_the_document(make_model, form):
     assert_same_state(state, whole.state)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @torch.no_grad()
 def test_documents_side_by_side_in_a_lane_do_not_know_of_each_other(make_model, form):
     model = make_model(form).transformer
@@ -135,7 +136,7 @@ def test_documents_side_by_side_in_a_lane_do_not_know_of_each_other(make_model, 
             assert_same_state(state.select([row]), alone.state)  # the last document of the row
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @torch.no_grad()
 def test_a_state_from_a_file_goes_on_as_the_state_itself(make_model, form, tmp_path):
     model, ids = make_model(form), random_ids(2, 3 * WINDOW + 5)
@@ -178,7 +179,7 @@ def spread(lengths, places, side, generator):
 
 
 @property_test(60)
-@given(form=forms, calls=padded_calls(), seed=st.integers(0, 99))
+@given(form=all_forms, calls=padded_calls(), seed=st.integers(0, 99))
 @torch.no_grad()
 def test_a_row_of_a_padded_batch_gets_what_it_gets_alone(make_model, form, calls, seed):
     assume(all(any(call["lengths"]) for call in calls))
@@ -201,7 +202,7 @@ def test_a_row_of_a_padded_batch_gets_what_it_gets_alone(make_model, form, calls
         assert_same_state(state.select([row]), alone.state)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @torch.no_grad()
 def test_what_stands_at_padding_changes_nothing(make_model, form):
     model, generator = make_model(form), torch.Generator().manual_seed(0)
@@ -213,7 +214,7 @@ def test_what_stands_at_padding_changes_nothing(make_model, form):
     assert_same_state(first.state, second.state, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @torch.no_grad()
 def test_a_row_without_tokens_keeps_its_state(make_model, form):
     model = make_model(form)
@@ -228,13 +229,13 @@ def test_a_row_without_tokens_keeps_its_state(make_model, form):
 
 
 @pytest.mark.parametrize("parallel", [1, 4])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @torch.no_grad()
 def test_a_token_moves_nothing_before_it_and_through_memory_what_comes_windows_later(make_model, form, parallel):
     model, ids = make_model(form), random_ids(1, 4 * WINDOW)
     before = model(ids, parallel_windows=parallel).logits
     # Only the last positions of a window may be kept, and sinks know no document.
-    reaches = form not in ("none", "sinks only")
+    reaches = form not in ("none", "sinks only", "t2r", "rfa, sinks only")
     for place in (0, 1, WINDOW - 1, WINDOW, 2 * WINDOW - 1, 2 * WINDOW + 3):
         changed = ids.clone()
         changed[0, place] = (ids[0, place] + 1) % 97
@@ -247,7 +248,7 @@ def test_a_token_moves_nothing_before_it_and_through_memory_what_comes_windows_l
             assert moved[end : end + WINDOW].all()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @torch.no_grad()
 def test_a_token_moves_nothing_before_it_in_a_window_that_goes_on(make_model, form):
     model = make_model(form)
@@ -262,7 +263,7 @@ def test_a_token_moves_nothing_before_it_in_a_window_that_goes_on(make_model, fo
         assert moved[place]
 
 
-@pytest.mark.parametrize("form", ["gated", "yoshida2020", "pooled above", "all slots, some layers"])
+@pytest.mark.parametrize("form", ["gated", "yoshida2020", "pooled above", "all slots, some layers", "carried"])
 @torch.no_grad()
 def test_memory_that_is_carried_reaches_further_than_one_window(make_model, form):
     """Many windows on, the first one still has a part in what is predicted."""
@@ -282,7 +283,7 @@ def held(state):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @torch.no_grad()
 def test_the_state_does_not_grow_with_the_document(make_model, form):
     model, sizes = make_model(form).transformer, []
@@ -294,7 +295,7 @@ def test_the_state_does_not_grow_with_the_document(make_model, form):
     assert len(set(sizes)) == 1
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @torch.no_grad()
 def test_whole_windows_read_together_leave_a_state_of_one(make_model, form):
     read = make_model(form).transformer.read

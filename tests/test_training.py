@@ -232,7 +232,7 @@ def test_the_gradient_of_a_step_is_clipped_once_to_its_norm(accumulate, tmp_path
     monkeypatch.setattr(
         training,
         "make_optimizer",
-        lambda model, args: torch.optim.SGD([{"params": model.parameters(), "lr": 1.0, "peak": 1.0}]),
+        lambda model, args: torch.optim.SGD([{"params": model.parameters(), "lr": 1.0, "peak": 1.0, "new": False}]),
     )
 
     def step_taken(clip):
