@@ -141,6 +141,11 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
                 block.unfuse_feature_map()
         return super().train(mode)
 
+    @classmethod
+    def from_pretrained(cls, *args, dtype=torch.float32, **kwargs):
+        """As in transformers, but weights in 16 bit are widened unless `dtype` says otherwise ("auto": as saved)."""
+        return super().from_pretrained(*args, dtype=dtype, **kwargs)
+
     def save_pretrained(self, save_directory, *args, tokenizer=None, **kwargs):
         """As in transformers; with `tokenizer`, its files are saved beside the model."""
         super().save_pretrained(save_directory, *args, **kwargs)

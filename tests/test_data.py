@@ -10,6 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoTokenizer
+
+from recur_gpt2 import RecurGPT2LMHeadModel
+from recur_gpt2.evaluation import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
@@ -147,6 +152,30 @@ def test_no_training_book_of_the_sample_shares_text_with_a_held_out_one():
     assert len(held_out) == DOCUMENTS["pg19-sample", "validation"] + DOCUMENTS["pg19-sample", "test"]
     for row in table("pg19-sample", "train").to_pylist():
         assert overlapping(row["text"], held_out) == [], row["short_book_title"]
+
+
+# ---- the bundled models ----------------------------------------------------------------------------------------------
+
+
+def test_the_recurrent_models_books_are_among_the_base_models(training_books):
+    card = (DATA / "recur-gpt2-mini" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^- (\S+\.txt)$", card, flags=re.MULTILINE)
+    assert len(named) == 32
+    assert set(named) <= {book["file"] for book in training_books}
+
+
+@torch.no_grad()
+def test_the_recurrent_model_gains_from_its_own_document_and_from_no_other():
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "recur-gpt2-mini")
+    model = RecurGPT2LMHeadModel.from_pretrained(DATA / "recur-gpt2-mini").eval()
+    texts = [text.as_py()[50_000:70_000] for text in table("pg19-sample", "test")["text"][:6]]
+    documents = [np.array(tokenizer(text)["input_ids"][:2048]) for text in texts]
+    nats = {
+        name: evaluate(model, documents, tokenizer, protocol="recurrent", control=control).nats
+        for name, control in (("own", None), ("zeroed", "zeroed"), ("shuffled", "shuffled"))
+    }
+    assert nats["own"] < nats["zeroed"] - 0.03
+    assert nats["zeroed"] < nats["shuffled"]
 
 
 # ---- scripts/overlap.py ----------------------------------------------------------------------------------------------

@@ -258,6 +258,17 @@ def test_the_gpt2_in_it_has_gpt2s_names_and_weights(form, make_model, gpt2):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_saved_model_in_16_bit_is_widened_unless_asked_for(dtype, make_model, tmp_path):
+    make_model("default", torch.float32).save_pretrained(tmp_path)
+    RecurGPT2LMHeadModel.from_pretrained(tmp_path, dtype=dtype).save_pretrained(tmp_path / "half")
+    for load in (RecurGPT2LMHeadModel, AutoModelForCausalLM):
+        loaded = load.from_pretrained(tmp_path / "half")
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+        loaded = load.from_pretrained(tmp_path / "half", dtype="auto")
+        assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_16_bit_checkpoint_is_widened(dtype, tmp_path):
     random_gpt2().to(dtype).save_pretrained(tmp_path)
     model = RecurGPT2LMHeadModel.from_gpt2(tmp_path, window=WINDOW, last_slots=3)
