@@ -98,6 +98,45 @@ def test_scoring_ends_in_one_json_object():
     assert nats["default_p4"] == pytest.approx(nats["default_p1"], rel=1e-5), "P must not change the result"
 
 
+def run_script(script, *options):
+    done = subprocess.run([sys.executable, str(BENCHMARKS / script), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_linear_attention_is_timed_beside_softmax():
+    sizes = ["--lengths", "128", "--features", "8", "--precisions", "float32", "--tokens", "256", "--repeats", "1"]
+    result = json.loads(run_script("bench_linear_attention.py", *sizes).splitlines()[-1])
+    kernels = {row["kernel"]: row for row in result["rows"]}
+    assert {"sdpa", "window_attention", "t2r + chunked", "naive"} <= kernels.keys()
+    assert kernels["sdpa"]["times_sdpa"]["median"] == 1
+    assert all(row["milliseconds"] > 0 for row in kernels.values())
+
+
+@pytest.mark.slow
+def test_decoding_is_timed_early_and_late():
+    out = run_script("bench_t2r.py", "decode", "--tokens", "160", "--batches", "2", "--window", "32")
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["attention"] for row in rows] == ["softmax", "t2r 75%", "t2r all"]
+    assert all(row["early"] > 0 and row["late"] > 0 for row in rows)
+    # (S, z): heads * k * (d + 1) numbers in float32 for each layer; keys and values of at most 31 tokens otherwise.
+    sums, cache = 4 * 32 * 65 * 4, 2 * 31 * 256 * 4
+    assert [row["state_bytes"] - 16 for row in rows] == [6 * cache, 5 * sums + cache, 6 * sums]
+
+
+def test_quality_is_told_as_a_ratio_with_an_interval_over_documents(tmp_path):
+    def recorded(sums):
+        return {"nats": sum(sums) / 300, "mflops": 1.0, "sums": sums, "counts": [100, 200]}
+
+    runs = {"softmax": recorded([400.0, 800.0]), "t2r all": recorded([410.0, 820.0])}
+    (tmp_path / "record.json").write_text(json.dumps({"pg19-sample": {"256": runs}}))
+    options = ["--table", "--record", str(tmp_path / "record.json"), "--data", "pg19-sample", "--windows", "256"]
+    out = run_script("bench_t2r.py", "quality", *options)
+    assert "| softmax | 54.60 |  |  | 1.00 |" in out
+    assert "| t2r all | 60.34 | 1.105 | 1.105 to 1.105 | 1.00 |" in out, "0.1 nats more in each document"
+
+
 @pytest.mark.parametrize("script", ["bench_training.py", "bench_scoring.py"])
 def test_contradictions_are_refused_with_the_way_out(script):
     done = bench(script, "--model", "data/gpt2-mini", status=2)

@@ -1,0 +1,206 @@
+"""What linear attention costs in quality, and how its decoding time depends on how much was read.
+
+    python benchmarks/bench_t2r.py quality                      # runs what docs/t2r.json does not hold yet
+    python benchmarks/bench_t2r.py quality --windows 256 --data pg19-sample --only softmax "t2r all"
+    python benchmarks/bench_t2r.py quality --table              # prints the tables of what is recorded
+    python benchmarks/bench_t2r.py decode
+
+`quality`: data/gpt2-mini with each attention, finetuned by `recur-gpt2 finetune` on the same windows in the same order,
+for the same number of steps; with attention transfer, a quarter of them is the transfer. The ratio is of token
+perplexity to softmax's, with a bootstrap interval over documents. The record lets it be stopped and started again.
+`decode`: milliseconds a token while a document is read token by token, early and late. The last line is JSON.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import ROOT, machine, print_table
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from recur_gpt2 import RecurGPT2LMHeadModel
+from recur_gpt2.allocator import tune_allocator
+from recur_gpt2.evaluation import resample
+from recur_gpt2.files import atomic_write_text
+
+MODEL = ROOT / "data" / "gpt2-mini"
+MAPS = ("t2r", "hedgehog", "elu", "rfa")
+TOKENS_PER_STEP = 8192
+LANES = 8
+TRANSFER = 4  # one step of so many is attention transfer, where there is any
+
+
+def configurations():
+    """{row: (flags of `recur-gpt2 finetune`, whether with transfer, whether from random weights)}"""
+    rows = {"softmax": ("", False, False)}
+    shares = [("all", name) for name in MAPS] + [("75%", "t2r"), ("75%", "hedgehog")]
+    for share, name in shares:
+        flags = f"--attention t2r --t2r-layers {share} --feature-map {name}"
+        rows[f"{name} {share}"] = flags, False, False
+        if name != "elu":  # which has nothing to learn
+            rows[f"{name} {share}, transfer"] = flags, True, False
+    rows["softmax, random weights"] = "", False, True
+    rows["t2r all, random weights"] = "--attention t2r", False, True
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    quality = commands.add_parser("quality")
+    add = quality.add_argument
+    add("--output", type=Path, default=Path("runs/t2r"), help="folder of the runs")
+    add("--record", type=Path, default=Path("docs/t2r.json"), help="what each run found")
+    add("--data", nargs="+", default=["pg19-sample", "wikitext-103-sample"])
+    add("--windows", type=int, nargs="+", default=[256, 1024])
+    add("--only", nargs="+", choices=list(configurations()), help="rows (default: all)")
+    add("--steps", type=int, default=120, help="of 8,192 tokens, transfer included (default: 120)")
+    add("--lr", default="3e-4", help="peak learning rate of the pretrained weights (default: 3e-4)")
+    add("--split", default="test", help="documents to score (default: test)")
+    add("--eval-tokens", type=int, default=147456, help="tokens of them (default: 147456)")
+    add("--table", action="store_true", help="print the tables of what is recorded, and run nothing")
+    quality.set_defaults(run=run_quality)
+    decode = commands.add_parser("decode")
+    add = decode.add_argument
+    add("--tokens", type=int, default=10_000, help="length of the document (default: 10000)")
+    add("--batches", type=int, nargs="+", default=[1, 32], help="documents read side by side (default: 1 32)")
+    add("--window", type=int, default=1024, help="T (default: 1024)")
+    add("--json", metavar="FILE", help="write the last line to a file too")
+    decode.set_defaults(run=run_decode)
+    args = parser.parse_args()
+    args.run(args)
+
+
+# ---- quality ---------------------------------------------------------------------------------------------------------
+
+
+def run_quality(args):
+    record = json.loads(args.record.read_text()) if args.record.exists() else {}
+    for data in args.data:
+        for window in args.windows:
+            found = record.setdefault(data, {}).setdefault(str(window), {})
+            for name in args.only or configurations():
+                if not args.table and name not in found:
+                    found[name] = findings(finetuned(args, data, window, name))
+                    atomic_write_text(args.record, json.dumps(record, indent=1) + "\n")
+            print(table(data, window, found), flush=True)
+    print(json.dumps(record))
+
+
+def finetuned(args, data, window, name):
+    """Finetune and evaluate -> the folder with results.json."""
+    flags, transfer, random = configurations()[name]
+    folder = args.output / data / f"w{window}" / name.replace(" ", "-").replace(",", "").replace("%", "")
+    transfer_steps = args.steps // TRANSFER if transfer else 0
+    command = [sys.executable, "-m", "recur_gpt2.cli", "finetune", "--window", str(window), "--data", data]
+    command += ["--recurrence", "none", "--no-control", "--rows", "recurrent", "--output-dir", str(folder)]
+    command += ["--lanes", str(LANES), "--bptt", str(TOKENS_PER_STEP // window // LANES), "--lr", args.lr]
+    command += ["--steps", str(args.steps - transfer_steps), "--transfer-steps", str(transfer_steps)]
+    command += ["--eval-split", args.split, "--eval-tokens", str(args.eval_tokens), *flags.split()]
+    if random:
+        command += ["--model", str(random_weights(args.output / "random-weights"))]
+    if (folder / "settings.json").exists():
+        command.append("--resume")
+    if not (folder / "results.json").exists():
+        print("+", *command, flush=True)
+        subprocess.run(command, check=True)
+    return folder
+
+
+def random_weights(folder):
+    """data/gpt2-mini's shape and tokenizer, with weights that have learned nothing."""
+    if not (folder / "model.safetensors").exists():
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config.from_pretrained(MODEL)).float().save_pretrained(folder)
+        AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return folder
+
+
+def findings(folder):
+    """What the tables need: tokens and summed loss of each document, and FLOPs."""
+    results = json.loads((folder / "results.json").read_text())
+    (row,) = results["rows"]
+    sums = [round(each, 3) for each in results["loss_by_document"]["recurrent"]]
+    return {
+        "nats": row["nats"],
+        "mflops": row["flops_per_token"] / 1e6,
+        "sums": sums,
+        "counts": results["tokens_by_document"],
+    }
+
+
+def table(data, window, found):
+    """A Markdown table of every row that is recorded."""
+    lines = [
+        f"{data}, window {window}",
+        "",
+        "| attention | token perplexity | ratio to softmax | 95% interval | MFLOPs |",
+    ]
+    lines.append("|---|---|---|---|---|")
+    for name in filter(found.get, configurations()):
+        row, base = found[name], found.get("softmax")
+        cells = [name, f"{math.exp(row['nats']):.2f}", "", "", f"{row['mflops']:.2f}"]
+        if base and name != "softmax":
+            low, high = interval(row, base)
+            cells[2:4] = [f"{math.exp(row['nats'] - base['nats']):.3f}", f"{low:.3f} to {high:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def interval(row, base):
+    """95% of the ratio of perplexities, resampling documents."""
+    difference, counts = np.array(row["sums"]) - np.array(base["sums"]), np.array(row["counts"])
+    draws = resample(len(counts))
+    return np.exp(np.quantile(difference[draws].sum(axis=1) / counts[draws].sum(axis=1), [0.025, 0.975]))
+
+
+# ---- decode ----------------------------------------------------------------------------------------------------------
+
+
+def run_decode(args):
+    tune_allocator()
+    rows = []
+    for share in (None, "75%", "all"):
+        options = {} if share is None else {"linear_layers": share}
+        model = RecurGPT2LMHeadModel.from_gpt2(str(MODEL), window=args.window, recurrence="none", **options)
+        model.eval().fuse_feature_maps()
+        for batch in args.batches:
+            rows.append(
+                {"attention": f"t2r {share}" if share else "softmax", "batch": batch} | decode(model, batch, args)
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
+    head = ["attention", "batch", "ms a token at 100", f"at {args.tokens:,}", "ratio", "state, KiB"]
+    cells = [
+        [r["attention"], str(r["batch"]), f"{r['early']:.2f}", f"{r['late']:.2f}", f"{r['late'] / r['early']:.3f}"]
+        for r in rows
+    ]
+    print_table(head, [[*cell, f"{row['state_bytes'] / 1024:,.0f}"] for cell, row in zip(cells, rows, strict=True)])
+    line = json.dumps({"benchmark": "t2r decode", "machine": machine("cpu"), "rows": rows})
+    if args.json:
+        Path(args.json).write_text(line + "\n")
+    print(line)
+
+
+@torch.no_grad()
+def decode(model, batch, args):
+    """Median milliseconds a token among tokens 50 to 150 and among the last 100; the most that a row's state held."""
+    ids = torch.randint(model.config.vocab_size, (batch, args.tokens), generator=torch.Generator().manual_seed(0))
+    state, times, held = None, [], 0
+    for token in ids.split(1, dim=1):
+        began = time.perf_counter()
+        state = model(token, state=state).state
+        times.append(1e3 * (time.perf_counter() - began))
+        held = max(held, state.nbytes)
+    early, late = times[50:150], times[-100:]
+    return {"early": statistics.median(early), "late": statistics.median(late), "state_bytes": held // batch}
+
+
+if __name__ == "__main__":
+    main()
