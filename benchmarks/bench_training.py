@@ -106,7 +106,8 @@ def _sweep(args):
 
 def measure(settings: Namespace) -> dict:
     """One variant: speed of its median step, and peak memory."""
-    from recur_gpt2.training import TrainingArguments, make_optimizer
+    from recur_gpt2.optimization import make_optimizer
+    from recur_gpt2.training import TrainingArguments
 
     device, before = torch.device(settings.device), resident()
     recurrence, changed = VARIANTS[settings.variant]
@@ -159,7 +160,7 @@ def _transformers_loss(model, arguments, settings):
 
 
 def _our_loss(model, arguments, settings):
-    from recur_gpt2.training import SegmentLoss
+    from recur_gpt2.segment_loss import SegmentLoss
     from recur_gpt2.windows import Segment
 
     model.transformer.read = compiled(model.transformer.read, settings)

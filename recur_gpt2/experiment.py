@@ -17,17 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .checkpoints import whole_folder
-from .configuration import OWN_FIELDS, RecurGPT2Config
+from .configuration import RecurGPT2Config
 from .corpora import Corpus, load_corpus
 from .errors import InputError
 from .evaluation import CONTROLS, PROTOCOLS, Evaluation, evaluate, gap_covered_interval
 from .files import atomic_write_text
-from .initialization import load_config, refusing_damage
-from .modeling import RecurGPT2LMHeadModel, is_new
+from .initialization import load_config
+from .loading import load_any, load_tokenizer, plain_copy, save_model
+from .modeling import RecurGPT2LMHeadModel
 from .precision import autocast_dtype
 from .processes import Processes
 from .report import gap_covered, write_report
@@ -120,17 +118,6 @@ def run_experiment(args: ExperimentArguments) -> dict | None:
     return results
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with a model."""
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no tokenizer was found at {str(name_or_path)!r}; give a folder that holds tokenizer.json too, a "
-            f"hub id (with a network), or the bundled data/gpt2-mini"
-        ) from error
-
-
 def evaluation_documents(corpus: Corpus, tokens: int | None) -> list[np.ndarray]:
     """Documents to score: whole, or the first tokens of each, as many from each and `tokens` in all."""
     if tokens is None:
@@ -166,15 +153,6 @@ def _load(args):
             f"start from a GPT-2"
         )
     return load_any(args.model, args.window)
-
-
-def plain_copy(model: RecurGPT2LMHeadModel) -> RecurGPT2LMHeadModel:
-    """The GPT-2 inside: its weights and window, softmax attention, nothing carried."""
-    fields = {key: value for key, value in model.config.to_dict().items() if key not in OWN_FIELDS}
-    plain = RecurGPT2LMHeadModel(RecurGPT2Config(**fields | {"window": model.config.window, "recurrence": "none"}))
-    weights = {name: tensor for name, tensor in model.state_dict().items() if not is_new(name)}
-    plain.load_state_dict(weights)
-    return plain.to(model.dtype).eval()
 
 
 def _claim(args):
@@ -215,15 +193,6 @@ def _finetune(args, model, corpus, tokenizer, name, processes):
         if processes.is_main:
             save_model(model, tokenizer, folder / "model")
     return history
-
-
-def save_model(model: RecurGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model and its tokenizer, whole or not at all."""
-    try:
-        with whole_folder(folder) as unfinished:
-            model.save_pretrained(unfinished, tokenizer=tokenizer)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"the model could not be written to {folder} ({error}); make room, then --resume") from error
 
 
 def _evaluate_all(args, documents, tokenizer, models) -> dict[str, Evaluation]:
@@ -323,14 +292,3 @@ def evaluate_model(
         )
         rows.append(scored.row(name, protocol, model.config.window))
     return rows
-
-
-def load_any(name_or_path: str, window: int | None = None, recurrence: str = "none") -> RecurGPT2LMHeadModel:
-    """One of our models as it is, or a GPT-2 given a window (256 unless said otherwise) and a recurrence."""
-    config = load_config(name_or_path)
-    if config.model_type != RecurGPT2Config.model_type:
-        return RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence=recurrence)
-    if window not in (None, config.window):
-        raise InputError(f"{name_or_path} was made for window={config.window}, not {window}; leave --window out")
-    with refusing_damage(name_or_path):
-        return RecurGPT2LMHeadModel.from_pretrained(name_or_path).eval()

@@ -10,13 +10,10 @@ B rows, N tokens, W windows, T tokens a window, D model width, M memory slots, V
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .configuration import OWN_FIELDS, RecurGPT2Config
 from .errors import InputError
@@ -24,6 +21,7 @@ from .feature_maps import FeatureMap
 from .initialization import fit_feature_maps, fit_slots, load_gpt2
 from .layers import RecurGPT2Block
 from .losses import IGNORE, summed_loss
+from .outputs import RecurGPT2LMOutput, RecurGPT2Output
 from .padding import Packing
 from .reading import FreshWindows, ResumedWindows
 from .recurrence import LayerMemory, PooledMemory, make_recurrence
@@ -39,39 +37,6 @@ def is_new(name: str) -> bool:
 def is_feature_map(name: str) -> bool:
     """Whether a parameter of this name is a feature map's."""
     return "feature_map" in name.split(".")
-
-
-@dataclass
-class RecurGPT2Output(ModelOutput):
-    """Output of RecurGPT2Model.
-
-    Attributes:
-        last_hidden_state: (B, N, D), zero at padding.
-        state: to go on from.
-        hidden_states: with `output_hidden_states`, L + 1 tensors (B, N, D): the embeddings, then each layer's output,
-            the last one after the final layer norm.
-    """
-
-    last_hidden_state: Tensor | None = None
-    state: RecurState | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class RecurGPT2LMOutput(ModelOutput):
-    """Output of RecurGPT2LMHeadModel.
-
-    Attributes:
-        loss: () mean cross-entropy in nats over the labels that are scored; only with labels.
-        logits: (B, N, V).
-        state: to go on from.
-        hidden_states: as in RecurGPT2Output.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    state: RecurState | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):

@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .checkpoints import Checkpoint, Checkpoints
 from .errors import InputError
-from .losses import summed_loss
 from .modeling import RecurGPT2LMHeadModel, is_feature_map, is_new
+from .optimization import make_optimizer, set_rates
 from .precision import autocast_dtype
 from .processes import Processes
-from .recomputation import recomputed
-from .state import RecurState
+from .segment_loss import SegmentLoss
 from .transfer import TransferLoss
-from .windows import Segment, TrainingLanes
+from .windows import TrainingLanes
 
 if TYPE_CHECKING:
     from .corpora import Corpus
@@ -100,45 +99,6 @@ class TrainingArguments:
     def block(self) -> int:
         """Windows computed at once."""
         return self.parallel_windows or (1 if self.checkpointing else self.bptt)
-
-
-class SegmentLoss(nn.Module):
-    """The summed loss of a segment, and the state after it: what one backward pass runs through."""
-
-    def __init__(self, model: RecurGPT2LMHeadModel, args: TrainingArguments):
-        super().__init__()
-        self.model, self.args = model, args
-
-    def forward(self, segment: Segment, state: RecurState | None) -> tuple[Tensor, RecurState]:
-        starts = segment.starts if self.args.recurrent else torch.ones_like(segment.starts)
-        whole = segment.input_ids, segment.targets, starts
-        parts = zip(*(tensor.split(self.args.block, dim=1) for tensor in whole), strict=True)
-        blocks = [_Block(self.model, *part) for part in parts]
-        state = RecurState.empty(len(starts)) if state is None else state
-        if self.args.checkpointing:
-            return recomputed(blocks, state, list(self.model.parameters()))
-        hidden = []
-        for block in blocks:
-            each, state = block.read(state)
-            hidden.append(each)
-        # One loss for all: each would keep a gradient of its own as large as the head.
-        return _Block(self.model, *whole).loss(torch.cat(hidden, dim=1)), state
-
-
-@dataclass
-class _Block:
-    """Some windows of each lane. P windows: input_ids and targets (B, P, T), starts (B, P)."""
-
-    model: RecurGPT2LMHeadModel
-    input_ids: Tensor
-    targets: Tensor
-    starts: Tensor
-
-    def read(self, state: RecurState) -> tuple[Tensor, RecurState]:
-        return self.model.transformer.read(self.input_ids, self.starts, state)
-
-    def loss(self, hidden: Tensor) -> Tensor:
-        return summed_loss(hidden, self.model.lm_head.weight, self.targets)
 
 
 class Trainer:
@@ -357,41 +317,3 @@ def _check_transfer(model, args):
             f"transfer_steps={args.transfer_steps} teaches feature maps, and this model has none that learns; "
             f"convert it (--attention t2r, with another map than elu) or leave the transfer out"
         )
-
-
-def make_optimizer(model: RecurGPT2LMHeadModel, args: TrainingArguments) -> torch.optim.AdamW:
-    """AdamW; what is new (recurrence, feature maps) learns at a rate of its own. Only pretrained matrices decay."""
-    groups = {"decayed": [], "plain": [], "new": []}
-    for name, parameter in model.named_parameters():
-        kind = "new" if is_new(name) else "decayed" if parameter.ndim >= 2 else "plain"
-        groups[kind].append(parameter)
-    rates = {"decayed": args.lr, "plain": args.lr, "new": args.recurrence_lr}
-    return torch.optim.AdamW(
-        [
-            {
-                "params": groups[kind],
-                "lr": rate,
-                "peak": rate,
-                "new": kind == "new",
-                "weight_decay": args.weight_decay * (kind == "decayed"),
-            }
-            for kind, rate in rates.items()
-            if groups[kind]
-        ],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-
-
-def set_rates(optimizer: torch.optim.Optimizer, args: TrainingArguments, step: int) -> None:
-    """Linear warm-up, then linear decay to zero, in attention transfer and in finetuning; a function of the step alone.
-
-    Pretrained parameters that wait for new ones begin with a warm-up of their own.
-    """
-    transfers, first = step < args.transfer_steps, args.transfer_steps
-    for group in optimizer.param_groups:
-        begins = first + (0 if group["new"] else args.new_first_steps)
-        begins, ends = (0, first) if transfers else (begins, args.all_steps)
-        warmup = max(1, round(args.warmup * (ends - begins)))
-        factor = min((step + 1 - begins) / warmup, (ends - step) / max(1, ends - begins - warmup))
-        group["lr"] = (args.transfer_lr if transfers else group["peak"]) * max(0.0, factor)

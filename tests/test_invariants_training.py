@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from recur_gpt2 import RecurGPT2LMHeadModel
 from recur_gpt2.losses import IGNORE
-from recur_gpt2.training import SegmentLoss, TrainingArguments
+from recur_gpt2.segment_loss import SegmentLoss
+from recur_gpt2.training import TrainingArguments
 from recur_gpt2.windows import Segment
 
 # ---- 6: gradient truth -----------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recur_gpt2 import recomputation
+from recur_gpt2.segment_loss import SegmentLoss
 from recur_gpt2.state import RecurState
-from recur_gpt2.training import SegmentLoss, TrainingArguments
+from recur_gpt2.training import TrainingArguments
 from recur_gpt2.windows import Segment
 
 LANES = 2

@@ -31,8 +31,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from recur_gpt2 import training
 from recur_gpt2.errors import InputError
 from recur_gpt2.losses import IGNORE
+from recur_gpt2.optimization import make_optimizer, set_rates
+from recur_gpt2.segment_loss import SegmentLoss
 from recur_gpt2.state import RecurState
-from recur_gpt2.training import SegmentLoss, Trainer, TrainingArguments, make_optimizer, set_rates
+from recur_gpt2.training import Trainer, TrainingArguments
 from recur_gpt2.windows import Segment, TrainingLanes
 
 STEPS = 6

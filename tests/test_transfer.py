@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from recur_gpt2 import InputError, RecurGPT2LMHeadModel
 from recur_gpt2.modeling import is_feature_map, is_new
-from recur_gpt2.training import Trainer, TrainingArguments, make_optimizer, set_rates
+from recur_gpt2.optimization import make_optimizer, set_rates
+from recur_gpt2.training import Trainer, TrainingArguments
 from recur_gpt2.transfer import TransferLoss
 from recur_gpt2.windows import Segment
 

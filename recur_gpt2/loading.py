@@ -1,0 +1,54 @@
+"""Models and tokenizers by name, as commands take them; saving both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .checkpoints import whole_folder
+from .configuration import OWN_FIELDS, RecurGPT2Config
+from .errors import InputError
+from .initialization import load_config, refusing_damage
+from .modeling import RecurGPT2LMHeadModel, is_new
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a model."""
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no tokenizer was found at {str(name_or_path)!r}; give a folder that holds tokenizer.json too, a "
+            f"hub id (with a network), or the bundled data/gpt2-mini"
+        ) from error
+
+
+def load_any(name_or_path: str, window: int | None = None, recurrence: str = "none") -> RecurGPT2LMHeadModel:
+    """One of our models as it is, or a GPT-2 given a window (256 unless said otherwise) and a recurrence."""
+    config = load_config(name_or_path)
+    if config.model_type != RecurGPT2Config.model_type:
+        return RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence=recurrence)
+    if window not in (None, config.window):
+        raise InputError(f"{name_or_path} was made for window={config.window}, not {window}; give --window {config.window}")
+    with refusing_damage(name_or_path):
+        return RecurGPT2LMHeadModel.from_pretrained(name_or_path).eval()
+
+
+def plain_copy(model: RecurGPT2LMHeadModel) -> RecurGPT2LMHeadModel:
+    """The GPT-2 inside: its weights and window, softmax attention, nothing carried."""
+    fields = {key: value for key, value in model.config.to_dict().items() if key not in OWN_FIELDS}
+    plain = RecurGPT2LMHeadModel(RecurGPT2Config(**fields | {"window": model.config.window, "recurrence": "none"}))
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not is_new(name)}
+    plain.load_state_dict(weights)
+    return plain.to(model.dtype).eval()
+
+
+def save_model(model: RecurGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer, whole or not at all."""
+    try:
+        with whole_folder(folder) as unfinished:
+            model.save_pretrained(unfinished, tokenizer=tokenizer)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the model could not be written to {folder} ({error}); make room, then --resume") from error
