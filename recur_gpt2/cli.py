@@ -15,6 +15,8 @@ from pathlib import Path
 from .allocator import tune_allocator
 from .errors import InputError
 
+T2R_DEFAULTS = {"t2r_layers": ["all"], "feature_map": "t2r", "feature_size": 32, "carry_linear_state": False}
+ATTENTION_OPTIONS = ("feature_map", "feature_size", "carry_linear_state")
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "data" / "gpt2-mini"
 
 
@@ -112,9 +114,9 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> N
 
 def _add_t2r_arguments(parser, layers):
     add = parser.add_argument
-    add(layers, nargs="+", default=["all"], help="all, 75%% or numbers of layers (default: all)")
-    add("--feature-map", default="t2r", help="t2r, hedgehog, elu or rfa (default: t2r)")
-    add("--feature-size", type=int, default=32, help="k, features of a head (default: 32)")
+    add(layers, nargs="+", default=T2R_DEFAULTS["t2r_layers"], help="all, 75%% or numbers of layers (default: all)")
+    add("--feature-map", default=T2R_DEFAULTS["feature_map"], help="t2r, hedgehog, elu or rfa (default: t2r)")
+    add("--feature-size", type=int, default=T2R_DEFAULTS["feature_size"], help="k, features of a head (default: 32)")
     add("--carry-linear-state", action="store_true", help="carry the sums (S, z) from window to window")
 
 
@@ -137,11 +139,14 @@ def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
     training |= {key: getattr(args, key) for key in ("checkpointing", "parallel_windows", "precision", "seed")}
     training |= {key: getattr(args, key) for key in ("transfer_steps", "transfer_lr", "new_first_steps")}
     options = {key: getattr(args, key) for key in ("sink_slots", "last_slots", "pooled_slots", "insert_layers")}
-    if args.attention == "t2r":
-        options["linear_layers"] = layer_names(args.t2r_layers)
-        options |= {key: getattr(args, key) for key in ("feature_map", "feature_size", "carry_linear_state")}
+    given = [key for key, default in T2R_DEFAULTS.items() if getattr(args, key) != default]
     name = name or Path(args.data).stem
     with Processes(args.device).agreeing():
+        if args.attention == "t2r":
+            options["linear_layers"] = layer_names(args.t2r_layers)
+            options |= {key: getattr(args, key) for key in ATTENTION_OPTIONS}
+        elif given:
+            raise InputError(f"--{given[0].replace('_', '-')} is for linear attention; add --attention t2r")
         experiment = ExperimentArguments(
             model=args.model,
             data=args.data,
@@ -230,7 +235,7 @@ def run_convert(args: argparse.Namespace) -> None:
         raise InputError(f"{args.output} exists already; give another --output")
     tokenizer = load_tokenizer(args.model)
     model = load_any(args.model, args.window, args.recurrence)
-    options = {key: getattr(args, key) for key in ("feature_map", "feature_size", "carry_linear_state")}
+    options = {key: getattr(args, key) for key in ATTENTION_OPTIONS}
     convert_to_t2r(model, layer_names(args.layers), **options)
     save_model(model, tokenizer, args.output)
     print(f"layers {model.config.linear_layers} have linear attention now; finetune it:")

@@ -31,7 +31,9 @@ def load_any(name_or_path: str, window: int | None = None, recurrence: str = "no
     if config.model_type != RecurGPT2Config.model_type:
         return RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence=recurrence)
     if window not in (None, config.window):
-        raise InputError(f"{name_or_path} was made for window={config.window}, not {window}; give --window {config.window}")
+        raise InputError(
+            f"{name_or_path} was made for window={config.window}, not {window}; give --window {config.window}"
+        )
     with refusing_damage(name_or_path):
         return RecurGPT2LMHeadModel.from_pretrained(name_or_path).eval()
 
