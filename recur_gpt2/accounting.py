@@ -28,8 +28,8 @@ def flops_per_token(config: RecurGPT2Config, *, memory: bool = True, training: b
     Args:
         memory: whether the window reads memory; False for the first window of a document, or for windows read
             apart. What pooled slots cost to write is counted in any case: every window writes them.
-        training: forward and backward (three times the forward) rather than forward alone. Recomputation under
-            checkpointing would add one more.
+        training: forward and backward (three times the forward, and what linear attention computes again) rather
+            than forward alone. Recomputation under checkpointing would add one more forward.
     """
     forward = config.plain_flops
     for layer in range(config.n_layer):
@@ -39,7 +39,7 @@ def flops_per_token(config: RecurGPT2Config, *, memory: bool = True, training: b
             forward += (_writing_flops(config) + reading) / config.window
         if linear:
             forward += _linear_flops(config) - 4 * config.n_embd * config.window
-    return forward * (3 if training else 1)
+    return 3 * forward + len(config.linear_layers) * _recomputed_flops(config) if training else forward
 
 
 def _linear_flops(config):
@@ -49,6 +49,11 @@ def _linear_flops(config):
     carrying = 2 * features * head if config.carry_linear_state else 0  # of windows computed together
     each = 4 * head * matrix + 2 * chunk * (features + head) + 4 * features * head + carrying
     return config.n_head * each
+
+
+def _recomputed_flops(config):
+    """FLOPs for one token of what linear attention's backward pass makes once more: the products inside a chunk."""
+    return 2 * config.n_head * min(CHUNK, config.window) * _features(config)[1]
 
 
 def _features(config):

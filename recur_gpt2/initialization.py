@@ -20,6 +20,7 @@ from .feature_maps import fit_to_softmax
 if TYPE_CHECKING:
     from .modeling import RecurGPT2Model
 
+FIT_STEPS = 200  # of Adam, for each feature map
 LONGEST_FIT = 256  # tokens that feature maps are fitted on: the fit is quadratic in them
 SAMPLES = 32  # stretches of tokens that the position shifts are averaged over
 FREQUENCY_CONTEXT = 2  # random tokens before the model is asked how frequent each token is
@@ -111,7 +112,7 @@ def fit_feature_maps(model: RecurGPT2Model) -> None:
         for block, (_, query, key, _) in zip(model.h, reading, strict=False):
             if block.feature_map is not None:
                 with torch.enable_grad():
-                    fit_to_softmax(block.feature_map, query * block.query_factor, key)
+                    fit_to_softmax(block.feature_map, query * block.query_factor, key, steps=FIT_STEPS)
                 bar.update()
 
 

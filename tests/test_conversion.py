@@ -21,6 +21,13 @@ def softmax_model(folder, form="default", **options):
     return RecurGPT2LMHeadModel.from_gpt2(folder, **{"window": WINDOW} | FORMS[form] | options)
 
 
+@pytest.fixture(autouse=True)
+def quick_fits(request, monkeypatch):
+    """How well a map fits matters to the tests on the real GPT-2 alone."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr("recur_gpt2.initialization.FIT_STEPS", 5)
+
+
 def is_linear(model):
     return [block.feature_map is not None for block in model.transformer.h]
 
