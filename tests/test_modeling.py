@@ -5,7 +5,7 @@ from pathlib import Path
 import naive
 import pytest
 import torch
-from conftest import ALL_FORMS, FORMS, WINDOW, random_gpt2, random_ids
+from conftest import ALL_FORMS, FORMS, LINEAR_FORMS, WINDOW, random_gpt2, random_ids
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
@@ -89,7 +89,8 @@ def test_16_bit_reads_as_32_bit_does_up_to_rounding(form, make_model):
         mixed = make_model(form, torch.float32)(ids, parallel_windows=2).logits
     for logits in (low, mixed):
         error = (logits.float() - expected).std() / expected.std()
-        assert error < 0.03
+        # Where all but a few ReLU features of a query are zero, its output is a ratio of small numbers.
+        assert error < (0.1 if form in LINEAR_FORMS else 0.03)
 
 
 def test_hidden_states_are_those_of_transformers(gpt2, make_model):
