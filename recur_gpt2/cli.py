@@ -44,7 +44,7 @@ def guarded(run: Callable[[], None]) -> int:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading weights; ours stay
-    from .processes import ElsewhereError
+    from .processes import ElsewhereError, leave
 
     try:
         run()
@@ -57,6 +57,8 @@ def guarded(run: Callable[[], None]) -> int:
         if _is_main():
             print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
         return 130
+    finally:
+        leave()
     return 0
 
 

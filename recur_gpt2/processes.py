@@ -125,8 +125,7 @@ class Processes:
 
     def leave(self) -> None:
         """Exchange nothing from here on, so that each may end when it likes."""
-        if self.count > 1:
-            PartialState().destroy_process_group()
+        leave()
 
     def _reduce(self, number, operation):
         if self.count == 1:
@@ -134,6 +133,12 @@ class Processes:
         tensor = torch.tensor(number, dtype=torch.float64, device=self.device)
         distributed.all_reduce(tensor, operation)
         return tensor.item()
+
+
+def leave() -> None:
+    """End the exchange between processes, if there is any. One that ends without may be aborted by its threads."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _sum_together(gradients: list[Tensor]) -> None:

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from recur_gpt2 import checkpoints, training
 from recur_gpt2.errors import InputError
+from recur_gpt2.processes import leave
 
 INDEX = int(os.environ.get("RANK", "0"))
 WEIGHED = {"steps": 5, "lanes": 2, "lr": 1e-2, "recurrence_lr": 3e-2, "clip": 0.5, "warmup": 0.4, "weight_decay": 0.1}
@@ -169,3 +170,4 @@ if __name__ == "__main__":
         model, result = scenario(folder)
         save_file(weights_of(model), folder / f"{INDEX}.safetensors")
         (folder / f"{INDEX}.json").write_text(json.dumps(result))
+    leave()
