@@ -15,9 +15,9 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from recur_gpt2 import RecurGPT2LMHeadModel
 from recur_gpt2.allocator import tune_allocator
 from recur_gpt2.evaluation import resample
-from recur_gpt2.files import atomic_write_text
+from recur_gpt2.fresh_runs import Record, finetuned
 
 MODEL = ROOT / "data" / "gpt2-mini"
 MAPS = ("t2r", "hedgehog", "elu", "rfa")
@@ -82,36 +82,30 @@ def main():
 
 
 def run_quality(args):
-    record = json.loads(args.record.read_text()) if args.record.exists() else {}
+    record = Record(args.record)
     for data in args.data:
         for window in args.windows:
-            found = record.setdefault(data, {}).setdefault(str(window), {})
-            for name in args.only or configurations():
-                if not args.table and name not in found:
-                    found[name] = findings(finetuned(args, data, window, name))
-                    atomic_write_text(args.record, json.dumps(record, indent=1) + "\n")
+            found = record.at(data, str(window))
+            for name in [] if args.table else args.only or configurations():
+                make = partial(run_one, args, data, window, name)
+                record.once(found, name, lambda make=make: findings(make()))
             print(table(data, window, found), flush=True)
-    print(json.dumps(record))
+    print(json.dumps(record.found))
 
 
-def finetuned(args, data, window, name):
-    """Finetune and evaluate -> the folder with results.json."""
+def run_one(args, data, window, name):
+    """Finetune and evaluate -> the results."""
     flags, transfer, random = configurations()[name]
     folder = args.output / data / f"w{window}" / name.replace(" ", "-").replace(",", "").replace("%", "")
     transfer_steps = args.steps // TRANSFER if transfer else 0
-    command = [sys.executable, "-m", "recur_gpt2.cli", "finetune", "--window", str(window), "--data", data]
-    command += ["--recurrence", "none", "--no-control", "--rows", "recurrent", "--output-dir", str(folder)]
+    command = ["--window", str(window), "--data", data]
+    command += ["--recurrence", "none", "--no-control", "--rows", "recurrent"]
     command += ["--lanes", str(LANES), "--bptt", str(TOKENS_PER_STEP // window // LANES), "--lr", args.lr]
     command += ["--steps", str(args.steps - transfer_steps), "--transfer-steps", str(transfer_steps)]
     command += ["--eval-split", args.split, "--eval-tokens", str(args.eval_tokens), *flags.split()]
     if random:
         command += ["--model", str(random_weights(args.output / "random-weights"))]
-    if (folder / "settings.json").exists():
-        command.append("--resume")
-    if not (folder / "results.json").exists():
-        print("+", *command, flush=True)
-        subprocess.run(command, check=True)
-    return folder
+    return finetuned(folder, command)
 
 
 def random_weights(folder):
@@ -123,9 +117,8 @@ def random_weights(folder):
     return folder
 
 
-def findings(folder):
+def findings(results):
     """What the tables need: tokens and summed loss of each document, and FLOPs."""
-    results = json.loads((folder / "results.json").read_text())
     (row,) = results["rows"]
     sums = [round(each, 3) for each in results["loss_by_document"]["recurrent"]]
     return {

@@ -53,7 +53,7 @@ def window_attention(
         return sdpa(query, key, value, attn_mask=causal_lower_right(length, slots + length), **options)
     if some is None and length > LONG_WINDOW:
         return _causal_from_the_top(query, key, value, slots, **options)
-    return sdpa(query, key, value, attn_mask=_visible(length, slots, some, query.device), **options)
+    return sdpa(query, key, value, attn_mask=visible_places(length, slots, some, query.device), **options)
 
 
 def resumed_attention(
@@ -118,7 +118,7 @@ def _unread(has_memory, slots, length):
     return ~has_memory[:, None] & (torch.arange(slots + length) < slots)
 
 
-def _visible(length, slots, some, device):
+def visible_places(length, slots, some, device):
     """What a query may see: (T, M + T) bool, or (B, 1, T, M + T) where only `some` (B,) rows have memory."""
     visible = _all_visible(length, slots, device)
     return visible if some is None else visible & ~_unread(some, slots, length).to(device)[:, None, None]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import visible_places
 from .feature_maps import softmax_divergence
 from .modeling import RecurGPT2LMHeadModel
 from .state import RecurState
@@ -46,7 +47,7 @@ def _divergence(block, query, key, memory, has_memory) -> Tensor:
         slots = memory.shape[3]
         key = torch.cat((memory.to(key.dtype), key), dim=3)
     query, key = (query * block.query_factor).flatten(0, 1), key.flatten(0, 1)
-    has_memory = torch.as_tensor(has_memory).expand(len(query)).to(query.device)
+    has_memory = torch.as_tensor(has_memory).expand(len(query))
     step = max(1, WEIGHTS // (query.shape[1] * length * (slots + length)))
     parts = zip(query.split(step), key.split(step), has_memory.split(step), strict=True)
     each = [checkpoint(_summed, block.feature_map, *part, slots, use_reentrant=False) for part in parts]
@@ -54,9 +55,6 @@ def _divergence(block, query, key, memory, has_memory) -> Tensor:
 
 
 def _summed(feature_map, query, key, has_memory, slots):
-    length = query.shape[2]
-    causal = torch.ones(length, slots + length, dtype=torch.bool, device=query.device).tril(slots)
-    slot = torch.arange(slots + length, device=query.device) < slots
-    visible = causal & (has_memory[:, None, None, None] | ~slot)
+    visible = visible_places(query.shape[2], slots, has_memory, query.device)
     with torch.autocast(query.device.type, enabled=False):
         return softmax_divergence(feature_map, query, key, visible) * len(query)

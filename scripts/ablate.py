@@ -11,15 +11,12 @@ so that the script can be stopped and started again, by somebody else too; to me
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from recur_gpt2.evaluation import share_covered_interval
-from recur_gpt2.files import atomic_write_text
+from recur_gpt2.fresh_runs import Record, finetuned
 
 # Flags of `recur-gpt2 finetune` beside the window. `default` is what the preset gives.
 CONFIGURATIONS = {
@@ -66,13 +63,12 @@ def main():
     parser.add_argument("--eval-tokens", type=int, default=147456, help="of the validation books")
     parser.add_argument("--table", action="store_true", help="print the tables of what is recorded, and run nothing")
     args = parser.parse_args()
-    record = json.loads(args.record.read_text()) if args.record.exists() else {}
+    record = Record(args.record)
     for window in args.windows:
-        found = record.setdefault(str(window), {})
-        for name in args.only or CONFIGURATIONS:
-            if not args.table and name not in found and last_slots(name) <= window:
-                found[name] = findings(run(args, window, name))
-                atomic_write_text(args.record, json.dumps(record, indent=1) + "\n")
+        found = record.at(str(window))
+        for name in [] if args.table else args.only or CONFIGURATIONS:
+            if last_slots(name) <= window:
+                record.once(found, name, lambda name=name, window=window: findings(run(args, window, name)))
         print(table(window, found), flush=True)
 
 
@@ -82,27 +78,20 @@ def last_slots(name):
 
 
 def run(args, window, name):
-    """Finetune and evaluate -> the folder with results.json."""
+    """Finetune and evaluate -> the results."""
     folder = args.output / f"w{window}" / name.replace(" ", "-").replace(",", "")
     flags = CONFIGURATIONS[name].split()
     bptt = int(flags[flags.index("--bptt") + 1]) if "--bptt" in flags else 4
     segments = TOKENS_PER_STEP // window // bptt
     lanes = min(segments, MOST_LANES)
-    command = [sys.executable, "-m", "recur_gpt2.cli", "finetune", "--window", str(window), "--output-dir", str(folder)]
-    command += ["--lanes", str(lanes), "--accumulate", str(segments // lanes)]
+    command = ["--window", str(window), "--lanes", str(lanes), "--accumulate", str(segments // lanes)]
     command += ["--steps", str(args.steps), "--eval-split", "validation", "--eval-tokens", str(args.eval_tokens)]
     command += ["--no-control", "--rows", "recurrent", *MORE_ROWS.get(name, []), *flags]
-    if (folder / "settings.json").exists():
-        command.append("--resume")
-    if not (folder / "results.json").exists():
-        print("+", *command, flush=True)
-        subprocess.run(command, check=True)
-    return folder
+    return finetuned(folder, command)
 
 
-def findings(folder):
+def findings(results):
     """What the tables need: nats, the summed loss of each book, and FLOPs."""
-    results = json.loads((folder / "results.json").read_text())
     rows = {
         row["name"]: {"nats": row["nats"], "mflops": row["flops_per_token"] / 1e6, "books": [round(x, 3) for x in sums]}
         for row in results["rows"]

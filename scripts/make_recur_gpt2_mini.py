@@ -10,11 +10,7 @@ Face folder in float16 with a card of what was measured.
 
 import argparse
 import csv
-import json
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -24,6 +20,7 @@ from recur_gpt2 import RecurGPT2LMHeadModel
 from recur_gpt2.allocator import tune_allocator
 from recur_gpt2.experiment import evaluate_model
 from recur_gpt2.files import atomic_write_text
+from recur_gpt2.fresh_runs import finetuned
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 FLAGS = "--window 256 --steps 1600 --lr 1e-4 --eval-split validation --eval-tokens 8192 --rows recurrent --no-control"
@@ -39,9 +36,9 @@ def main():
     args = parser.parse_args()
     tune_allocator()
     names = gather(args.books, args.work_dir / "data")
-    finetune(args.work_dir)
+    results = finetuned(args.work_dir / "run", ["--data", str(args.work_dir / "data"), *FLAGS.split()])
     model = pack(args.work_dir)
-    write_card(args.work_dir, model, names)
+    write_card(args.work_dir, model, names, results["training"]["recurrent"])
 
 
 def gather(books, folder):
@@ -62,16 +59,6 @@ def link(source, target):
         target.symlink_to(source.resolve(strict=True))
 
 
-def finetune(work_dir):
-    run = work_dir / "run"
-    if (run / "results.json").exists():
-        return
-    command = [sys.executable, "-m", "recur_gpt2.cli", "finetune", "--data", str(work_dir / "data"), *FLAGS.split()]
-    command += ["--output-dir", str(run), *(["--resume"] if (run / "settings.json").exists() else [])]
-    print("+", shlex.join(command), flush=True)
-    subprocess.run(command, check=True)
-
-
 def pack(work_dir):
     """The finetuned model in 16 bit, with its tokenizer."""
     trained = work_dir / "run" / "recurrent" / "model"
@@ -80,9 +67,8 @@ def pack(work_dir):
     return model
 
 
-def write_card(work_dir, model, names):
-    results = json.loads((work_dir / "run" / "results.json").read_text())
-    training, config = results["training"]["recurrent"], model.config
+def write_card(work_dir, model, names, training):
+    config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines = [
         "# recur-gpt2-mini",

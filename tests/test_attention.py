@@ -72,7 +72,7 @@ def kernels_used(monkeypatch):
 
         monkeypatch.setattr(attention, name, call)
 
-    for name in ("_products", "_causal_from_the_top", "_visible", "causal_lower_right"):
+    for name in ("_products", "_causal_from_the_top", "visible_places", "causal_lower_right"):
         spy(name)
     return used
 
@@ -105,10 +105,10 @@ def test_a_window_past_the_long_border_equals_the_explicit_softmax(has_memory, d
     ("dtype", "length", "has_memory", "training", "expected"),
     [
         (torch.float32, 8, NOBODY, True, []),
-        (torch.float32, 8, SOME, True, ["_visible"]),
-        (torch.float32, 8, ALL, True, ["_visible"]),
+        (torch.float32, 8, SOME, True, ["visible_places"]),
+        (torch.float32, 8, ALL, True, ["visible_places"]),
         (torch.float32, LONG_WINDOW + 1, ALL, True, ["_causal_from_the_top"]),
-        (torch.float32, LONG_WINDOW + 1, SOME, True, ["_visible"]),
+        (torch.float32, LONG_WINDOW + 1, SOME, True, ["visible_places"]),
         (torch.bfloat16, LONG_WINDOW, ALL, True, ["_products"]),
         (torch.bfloat16, LONG_WINDOW, NOBODY, True, ["_products"]),
         (torch.bfloat16, LONG_WINDOW + 1, ALL, True, ["_causal_from_the_top"]),
