@@ -15,8 +15,8 @@ from pathlib import Path
 from .allocator import tune_allocator
 from .errors import InputError
 
-T2R_DEFAULTS = {"t2r_layers": ["all"], "feature_map": "t2r", "feature_size": 32, "carry_linear_state": False}
-ATTENTION_OPTIONS = ("feature_map", "feature_size", "carry_linear_state")
+ATTENTION_DEFAULTS = {"feature_map": "t2r", "feature_size": 32, "near_tokens": 0, "carry_linear_state": False}
+T2R_DEFAULTS = {"t2r_layers": ["all"]} | ATTENTION_DEFAULTS
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "data" / "gpt2-mini"
 
 
@@ -119,6 +119,7 @@ def _add_t2r_arguments(parser, layers):
     add(layers, nargs="+", default=T2R_DEFAULTS["t2r_layers"], help="all, 75%% or numbers of layers (default: all)")
     add("--feature-map", default=T2R_DEFAULTS["feature_map"], help="t2r, hedgehog, elu or rfa (default: t2r)")
     add("--feature-size", type=int, default=T2R_DEFAULTS["feature_size"], help="k, features of a head (default: 32)")
+    add("--near-tokens", type=int, default=0, help="w, nearest places that keep softmax in them (default: 0)")
     add("--carry-linear-state", action="store_true", help="carry the sums (S, z) from window to window")
 
 
@@ -146,7 +147,7 @@ def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
     with Processes(args.device).agreeing():
         if args.attention == "t2r":
             options["linear_layers"] = layer_names(args.t2r_layers)
-            options |= {key: getattr(args, key) for key in ATTENTION_OPTIONS}
+            options |= {key: getattr(args, key) for key in ATTENTION_DEFAULTS}
         elif given:
             raise InputError(f"--{given[0].replace('_', '-')} is for linear attention; add --attention t2r")
         experiment = ExperimentArguments(
@@ -237,7 +238,7 @@ def run_convert(args: argparse.Namespace) -> None:
         raise InputError(f"{args.output} exists already; give another --output")
     tokenizer = load_tokenizer(args.model)
     model = load_any(args.model, args.window, args.recurrence)
-    options = {key: getattr(args, key) for key in ATTENTION_OPTIONS}
+    options = {key: getattr(args, key) for key in ATTENTION_DEFAULTS}
     convert_to_t2r(model, layer_names(args.layers), **options)
     save_model(model, tokenizer, args.output)
     print(f"layers {model.config.linear_layers} have linear attention now; finetune it:")

@@ -42,6 +42,8 @@ class RecurGPT2Config(GPT2Config):
             "75%", where every fourth layer, counted from the top, keeps softmax. Empty: none. Saved as a list.
         feature_map: of these layers: "t2r", "hedgehog", "elu" or "rfa".
         feature_size: k, features of a head ("elu" has as many as the head is wide, whatever this says).
+        near_tokens: w, nearest places that linear layers attend to by softmax, under one sum with linear attention to
+            those before (Zhang et al. 2024, "LoLCATs"). 0: linear attention alone, as in T2R.
         carry_linear_state: carry the sums (S, z) of linear layers over the border of two windows, decayed by a
             learned factor per head. Not with `pool_layers`.
 
@@ -63,6 +65,7 @@ class RecurGPT2Config(GPT2Config):
     linear_layers: list[int] | str | None = None
     feature_map: str = "t2r"
     feature_size: int = 32
+    near_tokens: int = 0
     carry_linear_state: bool = False
 
     def __post_init__(self, **kwargs):
@@ -126,6 +129,10 @@ class RecurGPT2Config(GPT2Config):
         if sorted(set(layers) & set(every)) != sorted(layers):
             raise InputError(f"linear_layers={layers} must be distinct layers from 0 to {self.n_layer - 1}")
         self.linear_layers = sorted(layers)
+        if not 0 <= self.near_tokens <= self.window:
+            raise InputError(f"near_tokens={self.near_tokens} must be from 0 to window={self.window}")
+        if self.near_tokens and not self.linear_layers:
+            raise InputError(f"near_tokens={self.near_tokens} are of linear layers; name some in linear_layers")
         if self.carry_linear_state and not self.linear_layers:
             raise InputError("carry_linear_state=True carries sums of linear layers; name some in linear_layers")
         if self.carry_linear_state and self.pool_layers:

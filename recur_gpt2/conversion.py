@@ -14,6 +14,7 @@ def convert_to_t2r(
     feature_map: str = "t2r",
     feature_size: int = 32,
     *,
+    near_tokens: int = 0,
     carry_linear_state: bool = False,
 ) -> RecurGPT2PreTrainedModel:
     """Give layers of a model linear attention, in place; all other weights stay as they are.
@@ -25,6 +26,7 @@ def convert_to_t2r(
         layers: "all", "75%" (every fourth layer, counted from the top, keeps softmax) or a list of layers.
         feature_map: "t2r", "hedgehog", "elu" or "rfa".
         feature_size: k, features of a head.
+        near_tokens: w, nearest places that the layers attend to by softmax all the same.
         carry_linear_state: carry the sums (S, z) over the border of two windows.
 
     Returns:
@@ -40,14 +42,15 @@ def convert_to_t2r(
             f"layers {config.linear_layers} have linear attention already; convert the model that they were made from"
         )
     options = {"linear_layers": layers, "feature_map": feature_map, "feature_size": feature_size}
-    converted = RecurGPT2Config(**config.to_dict() | options | {"carry_linear_state": carry_linear_state})
+    options |= {"near_tokens": near_tokens, "carry_linear_state": carry_linear_state}
+    converted = RecurGPT2Config(**config.to_dict() | options)
     if not converted.linear_layers:
         raise InputError(f'layers={layers} names no layer to convert; give some, "75%" or "all"')
     core = getattr(model, "transformer", model)
     made = {layer: core.h[layer].new_feature_map(converted) for layer in converted.linear_layers}
-    for name in (*options, "carry_linear_state"):
+    for name in options:
         setattr(config, name, getattr(converted, name))
     for layer, new in made.items():
-        core.h[layer].make_linear(new, carry=carry_linear_state)
+        core.h[layer].make_linear(new, config)
     fit_feature_maps(core.eval())
     return model.eval()

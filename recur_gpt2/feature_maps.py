@@ -15,7 +15,6 @@ from .errors import InputError
 from .recurrence import widen
 
 FLOOR = 1e-6  # least denominator of features that cannot be negative
-PROBABILITY_FLOOR = 1e-4  # what `fit_to_softmax` counts a weight of zero as
 
 
 class FeatureMap(nn.Module):
@@ -181,65 +180,6 @@ def make_feature_map(name: str, heads: int, width: int, feature_size: int, *, se
     if feature_size < 1:
         raise InputError(f"feature_size={feature_size} must be at least 1")
     return FEATURE_MAPS[name](heads, width, feature_size, seed=seed)
-
-
-def softmax_divergence(feature_map: FeatureMap, query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
-    """How far a map's attention weights are from softmax's: mean Kullback-Leibler divergence in nats a query.
-
-    Args:
-        query, key: (B, H, T, d) and (B, H, S, d), as softmax attention takes them. It is quadratic in T.
-        visible: (T, S) or (B, 1, T, S) bool, what each query attends to; None for S = T and causal.
-
-    Returns:
-        (), with gradient for the map, and through its features for q and k; softmax's side is taken as given.
-    """
-    query, key = widen(query), widen(key)
-    if visible is None:
-        visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    with torch.no_grad():
-        wanted = (query @ key.mT * feature_map.width**-0.5).masked_fill(~visible, -torch.inf).softmax(dim=-1)
-    query, key = feature_map.features(query, key)
-    products = (query @ key.mT) * visible
-    # The ratio first, then its logarithm: were both floored apart, features that are all zero would fit best.
-    weights = products / products.sum(dim=-1, keepdim=True).clamp_min(feature_map.floor)
-    log_weights = (weights.clamp_min(0) + PROBABILITY_FLOOR).log()
-    divergence = (torch.xlogy(wanted, wanted) - wanted * log_weights).sum(dim=-1)
-    # Only rfa has negative weights; what they let the others have above 1 in all must cost more than it gains.
-    return (divergence - weights.clamp_max(0).sum(dim=-1)).mean()
-
-
-def fit_to_softmax(
-    feature_map: FeatureMap,
-    query: Tensor,
-    key: Tensor,
-    *,
-    steps: int = 200,
-    learning_rate: float = 1e-2,
-    batch_size: int = 2,
-) -> float:
-    """Fit a map alone, in place, to the softmax weights of given queries and keys, by Adam on `softmax_divergence`.
-
-    Args:
-        query, key: (B, H, T, d), of which each step takes `batch_size` rows.
-
-    Returns:
-        The divergence over all rows afterwards.
-    """
-    parameters = [each for each in feature_map.parameters() if each.requires_grad]
-    if parameters:  # elu has none
-        optimizer = torch.optim.Adam(parameters, learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(steps):
-            rows = torch.randint(len(query), (batch_size,), generator=generator).to(query.device)
-            loss = softmax_divergence(feature_map, query[rows].detach(), key[rows].detach())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    with torch.no_grad():
-        each = [softmax_divergence(feature_map, q[None], k[None]) for q, k in zip(query, key, strict=True)]
-        return float(torch.stack(each).mean())
 
 
 def _half(feature_size, name):

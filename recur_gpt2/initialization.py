@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, GPT2LMHeadModel, PretrainedConfig
 
 from .errors import InputError
-from .feature_maps import fit_to_softmax
+from .fitting import fit_to_softmax
 
 if TYPE_CHECKING:
     from .modeling import RecurGPT2Model
@@ -112,7 +112,9 @@ def fit_feature_maps(model: RecurGPT2Model) -> None:
         for block, (_, query, key, _) in zip(model.h, reading, strict=False):
             if block.feature_map is not None:
                 with torch.enable_grad():
-                    fit_to_softmax(block.feature_map, query * block.query_factor, key, steps=FIT_STEPS)
+                    fit_to_softmax(
+                        block.feature_map, query * block.query_factor, key, far_gate=block.far_gate, steps=FIT_STEPS
+                    )
                 bar.update()
 
 

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from .feature_maps import AffineMap, FeatureMap, make_feature_map
+from .near_attention import FarGate
 
 # gelu_new is this formula written as eight kernels; the fused one gives the same numbers in a fraction of the time.
 FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
@@ -23,6 +24,7 @@ class RecurGPT2Block(GPT2Block):
         feature_map: phi of a layer with linear attention; None where attention is softmax.
         state_decay: (H,) logits of the factors by which (S, z) decays at the border of two windows; None where it is
             not carried.
+        far_gate: weighs linear attention against softmax attention to near places; None where there is none.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -30,11 +32,11 @@ class RecurGPT2Block(GPT2Block):
         fused = FUSED_ACTIVATIONS.get(config.activation_function)
         if fused:
             self.mlp.act = ACT2FN[fused]
-        self.feature_map = self.state_decay = None
+        self.feature_map = self.state_decay = self.far_gate = None
         self.register_buffer("fused_weight", None, persistent=False)
         self.register_buffer("fused_bias", None, persistent=False)
         if layer_idx in config.linear_layers:
-            self.make_linear(self.new_feature_map(config), carry=config.carry_linear_state)
+            self.make_linear(self.new_feature_map(config), config)
 
     def new_feature_map(self, config) -> FeatureMap:
         """A map as the configuration wants it, for this layer's heads."""
@@ -44,11 +46,14 @@ class RecurGPT2Block(GPT2Block):
         )
         return made.to(device=weight.device, dtype=weight.dtype)
 
-    def make_linear(self, feature_map: FeatureMap, *, carry: bool) -> None:
-        """Give the layer linear attention; with `carry` its sums cross the border of windows."""
+    def make_linear(self, feature_map: FeatureMap, config) -> None:
+        """Give the layer linear attention, as the configuration wants it, with this map."""
         self.feature_map = feature_map
-        if carry:
-            self.state_decay = nn.Parameter(self.attn.c_attn.weight.new_full((self.attn.num_heads,), STATE_DECAY))
+        weight, heads = self.attn.c_attn.weight, self.attn.num_heads
+        if config.near_tokens:
+            self.far_gate = FarGate(heads, self.attn.head_dim, config.near_tokens).to(weight)
+        if config.carry_linear_state:
+            self.state_decay = nn.Parameter(weight.new_full((heads,), STATE_DECAY))
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) layer input -> query, key, value, each (B, H, T, D / H)."""
@@ -74,8 +79,8 @@ class RecurGPT2Block(GPT2Block):
 
     @torch.no_grad()
     def fuse_feature_map(self) -> None:
-        """Fold phi's matrix into the projections of queries and keys; elu and rfa have none to fold."""
-        if not isinstance(self.feature_map, AffineMap):
+        """Fold phi's matrix into the projections of queries and keys, if there is one and nothing else needs them."""
+        if not isinstance(self.feature_map, AffineMap) or self.far_gate is not None:
             return
         scale = self.feature_map.query_scale * self.query_factor
         weights, biases = [], []

@@ -54,8 +54,8 @@ def naive(query, key, value, state=None, *, mask=None, floor=FLOOR):
     """The definition, quadratic in T and slow. Arguments and results are those of `linear_attention`."""
     dtype, (query, key, value) = value.dtype, map(widen, (query, key, value))
     key = without_pads(key, mask)
-    sums, norms = _started(state, key, value)
-    with _own_types(value):
+    sums, norms = started(state, key, value)
+    with own_types(value):
         weights = (query @ key.mT).tril()
         numerator = weights @ value + query @ sums
         denominator = weights.sum(dim=-1, keepdim=True) + query @ norms[..., None]
@@ -67,7 +67,7 @@ def step(query, key, value, state=None, *, mask=None, floor=FLOOR):
     """One token, T = 1. Arguments and results are those of `linear_attention`."""
     dtype, query = value.dtype, widen(query)
     sums, norms = absorb(key, value, state, mask=mask)
-    with _own_types(value):
+    with own_types(value):
         out = query @ sums / (query @ norms[..., None]).clamp_min(floor)
     return out.to(dtype), (sums, norms)
 
@@ -85,7 +85,7 @@ def chunked(query, key, value, state=None, *, mask=None, floor=FLOOR, chunk=CHUN
     missing = -length % chunk
     if missing:  # up to a whole chunk with keys of zeros, which enter no sum
         query, key, value = (torch.nn.functional.pad(each, (0, 0, 0, missing)) for each in (query, key, value))
-    out, *state = _Chunked.apply(query, key, value, *_started(state, key, value), floor, chunk)
+    out, *state = _Chunked.apply(query, key, value, *started(state, key, value), floor, chunk)
     return out[:, :, :length].to(dtype), tuple(state)
 
 
@@ -99,8 +99,8 @@ def absorb(key: Tensor, value: Tensor, state: LinearState | None = None, *, mask
         mask: (B, M) bool, false for what is left out; (B, 1) for rows that have memory or have not.
     """
     key, value = without_pads(widen(key), mask), widen(value)
-    sums, norms = _started(state, key, value)
-    with _own_types(value):
+    sums, norms = started(state, key, value)
+    with own_types(value):
         return sums + key.mT @ value, norms + key.sum(dim=2)
 
 
@@ -109,7 +109,7 @@ def without_pads(key: Tensor, mask: Tensor | None) -> Tensor:
     return key if mask is None else key.masked_fill(~mask[:, None, :, None], 0)
 
 
-def _started(state, key, value):
+def started(state, key, value):
     """The state in the type of its sums; zeros for None."""
     dtype = torch.promote_types(value.dtype, torch.float32)
     if state is not None:
@@ -119,7 +119,7 @@ def _started(state, key, value):
     return sums, sums.new_zeros(rows, heads, features)
 
 
-def _own_types(tensor):
+def own_types(tensor):
     """Products in the types that they are given, under autocast too."""
     return torch.autocast(tensor.device.type, enabled=False)
 
@@ -139,7 +139,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, sums, norms, floor, chunk):
         q, k, v = (rearrange(each, "b h (n c) x -> (b h n) c x", c=chunk) for each in (query, key, value))
-        with _own_types(q):
+        with own_types(q):
             sums, sums_after = _scan(sums, torch.bmm(k.mT, v), v.dtype)
             norms, norms_after = _scan(norms, k.sum(dim=1, dtype=norms.dtype), norms.dtype)
             weights = torch.bmm(q, k.mT).tril_()
@@ -154,7 +154,7 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_sums, grad_norms):
         q, k, v, sums, norms, denominator, out = ctx.saved_tensors
-        with _own_types(q):
+        with own_types(q):
             g = (grad_out.reshape(v.shape) / denominator.clamp_min(ctx.floor)).to(v.dtype)
             e = (g * out).sum(dim=2, keepdim=True, dtype=norms.dtype).neg_().masked_fill_(denominator < ctx.floor, 0)
             grad_sums, grad_sums_before = _scan(grad_sums, torch.bmm(q.mT, g), v.dtype, reverse=True)
@@ -166,6 +166,27 @@ class _Chunked(torch.autograd.Function):
             grad_v = torch.bmm(weights.mT, g).baddbmm_(k, grad_sums)
         grads = (each.view(*grad_out.shape[:3], -1) for each in (grad_q, grad_k, grad_v))
         return *grads, grad_sums_before, grad_norms_before, None, None
+
+
+def running_sums(first: Tensor, updates: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums before each chunk, (G, ...) in `dtype`: `first` (B, H, ...) and what chunks before it add, (G, ...)."""
+    return _RunningSums.apply(first, updates, dtype)
+
+
+class _RunningSums(torch.autograd.Function):
+    """`_scan`, which works in place, for autograd."""
+
+    @staticmethod
+    def forward(ctx, first, updates, dtype):
+        ctx.first, ctx.dtype = (first.shape, first.dtype), updates.dtype
+        return _scan(first, updates, dtype)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        shape, dtype = ctx.first
+        after, total = _scan(grad.new_zeros(shape, dtype=dtype), grad, ctx.dtype, reverse=True)
+        return total, after, None
 
 
 def _scan(first, updates, dtype, *, reverse=False):

@@ -21,6 +21,7 @@ from .feature_maps import FeatureMap
 from .initialization import fit_feature_maps, fit_slots, load_gpt2
 from .layers import RecurGPT2Block
 from .losses import IGNORE, summed_loss
+from .near_attention import FarGate
 from .outputs import RecurGPT2LMOutput, RecurGPT2Output
 from .padding import Packing
 from .reading import FreshWindows, ResumedWindows
@@ -31,12 +32,12 @@ from .walking import LayerWalk, PooledWalk, Teach
 
 def is_new(name: str) -> bool:
     """Whether a parameter of this name is none of GPT-2's."""
-    return any(part in {"recurrence", "feature_map", "state_decay"} for part in name.split("."))
+    return any(part in {"recurrence", "feature_map", "far_gate", "state_decay"} for part in name.split("."))
 
 
 def is_feature_map(name: str) -> bool:
-    """Whether a parameter of this name is a feature map's."""
-    return "feature_map" in name.split(".")
+    """Whether a parameter of this name belongs to a feature map, or to the gate of what it weighs."""
+    return not {"feature_map", "far_gate"}.isdisjoint(name.split("."))
 
 
 class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
@@ -50,7 +51,7 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, LayerMemory | PooledMemory | FeatureMap):
+        if isinstance(module, LayerMemory | PooledMemory | FeatureMap | FarGate):
             module.reset_parameters()
 
     @classmethod
@@ -90,7 +91,8 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
         """Fold the feature maps of linear layers into their projections of queries and keys, for faster inference.
 
         Exact up to rounding. The folded weights are a copy, which is not saved: call this again after the weights have
-        changed. `train()` undoes it. Maps that are not affine before their nonlinearity (elu, rfa) stay as they are.
+        changed. `train()` undoes it. Maps that are not affine before their nonlinearity (elu, rfa), and layers with
+        `near_tokens`, which need queries and keys themselves, stay as they are.
 
         Returns:
             The model itself.

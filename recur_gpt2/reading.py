@@ -54,6 +54,11 @@ class FreshWindows:
         windows = self.has_memory.shape[1]
         return (torch.arange(windows * length) >= self.tokens[:, None]).view(-1, windows, length)
 
+    @property
+    def read_now(self) -> list[int]:
+        """Tokens of each row's unfinished window that are among these."""
+        return self.filled
+
     def extend(self, layer: str, key: Tensor, value: Tensor) -> KeyValue:
         """(B, W, H, T, d) new keys and values -> those of the windows so far: the same."""
         return key, value
@@ -88,6 +93,28 @@ class FreshWindows:
         """(B, 1, H, k, d + 1) of the windows so far, S with z beside it; None for windows that only begin."""
         return None
 
+    def front(
+        self, layer: str, memory: KeyValue | None, has_memory: bool | Tensor, slots: int, like: Tensor, count: int
+    ) -> tuple[Tensor, int | Tensor]:
+        """The `count` places in front of each window's tokens here: memory slots or tokens read, aligned to the end.
+
+        Args:
+            memory: keys and values (B, W', H, M, d) of windows that begin, or None.
+            slots: M, of windows begun.
+            like: (B, W', H, T, d)
+
+        Returns:
+            Keys and values (B, W', 2, H, count, d), and how many of the places there are: a number, or (B * W',).
+        """
+        rows, windows, heads, _, width = like.shape
+        if memory is None:
+            return like.new_zeros(rows, windows, 2, heads, count, width), 0
+        slots = min(count, memory[0].shape[3])
+        last = torch.stack(memory, dim=2)[..., memory[0].shape[3] - slots :, :].to(like.dtype)
+        if has_memory is not True:  # what a row does not see must not be in its state either
+            last = last * has_memory.view(rows, windows, 1, 1, 1, 1).to(last.device)
+        return torch.nn.functional.pad(last, (0, 0, count - slots, 0)), slots * has_memory
+
     def last_positions(self, layer: str, key: Tensor, value: Tensor, count: int) -> KeyValue:
         """Keys and values of the last `count` positions of each window, (B, W, H, count, d); of full ones only.
 
@@ -99,7 +126,7 @@ class FreshWindows:
         """(B, W, H, T, d) -> (B, 2, H, count, d) of each row's unfinished window, aligned to the end, zero in front."""
         index = self._last_begun(key.shape[1])
         both = torch.stack([_pick(tensor, index) for tensor in (key, value)], dim=1)
-        return _ending_at(torch.nn.functional.pad(both, (0, 0, count, 0)), self.filled, count)
+        return ending_at(torch.nn.functional.pad(both, (0, 0, count, 0)), self.filled, count)
 
     def next_state(self, memory: dict[str, Tensor], window: dict[str, Tensor]) -> RecurState:
         goes_on, read = [], []  # whether the state's document does, and the full windows of the last one in here
@@ -151,6 +178,10 @@ class ResumedWindows(FreshWindows):
         super().__init__(state, has_memory, state.filled + tokens, window)
         self.new_tokens, self._filled_before = tokens, state.filled.tolist()
 
+    @property
+    def read_now(self) -> list[int]:
+        return self.new_tokens.tolist()
+
     def positions(self, length: int, offset: int) -> Tensor:
         places = self.state.filled[:, None, None] + super().positions(length, offset)
         # Padding behind a row's tokens may count past the window: keep it inside the position table.
@@ -169,14 +200,17 @@ class ResumedWindows(FreshWindows):
     def sums(self, layer: str) -> Tensor | None:
         return self.state.window[f"linear.{layer}"][:, None]
 
+    def front(self, layer, memory, has_memory, slots, like, count):
+        return self.state.window[f"tail.{layer}"][:, None], self.state.filled + slots * has_memory
+
     def last_positions(self, layer: str, key: Tensor, value: Tensor, count: int) -> KeyValue:
         tail = self.unfinished_tail(layer, key, value, count)
         return tail[:, None, 0], tail[:, None, 1]
 
     def unfinished_tail(self, layer: str, key: Tensor, value: Tensor, count: int) -> Tensor:
         old, new = self.state.window[f"tail.{layer}"], torch.stack((key[:, 0], value[:, 0]), dim=1)
-        both = torch.cat((old, new.to(old.dtype)), dim=-2)
-        return _ending_at(both, self.new_tokens.tolist(), count)
+        both = torch.cat((old[..., old.shape[-2] - count :, :], new.to(old.dtype)), dim=-2)
+        return ending_at(both, self.read_now, count)
 
     def _append(self, old, new):
         """(B, 2, H, F, d) and (B, 2, H, n, d) -> (B, 2, H, F', d), row b's new ones at `filled[b]`."""
@@ -197,7 +231,7 @@ class ResumedWindows(FreshWindows):
         return resumed_attention(*parts, memory, has_memory, self._filled_before, **options)[:, None]
 
 
-def _ending_at(tensor, ends, count):
+def ending_at(tensor: Tensor, ends: list[int], count: int) -> Tensor:
     """(B, ..., count + n, d) -> (B, ..., count, d): row b's places from `ends[b]` on."""
     if _alike(ends):
         return tensor[..., ends[0] : ends[0] + count, :].clone()  # a view would keep what lies around it

@@ -297,6 +297,7 @@ MODEL_SETTINGS = {
     "linear_layers",
     "feature_map",
     "feature_size",
+    "near_tokens",
     "carry_linear_state",
     "n_layer",
     "n_embd",
@@ -315,5 +316,5 @@ def _check_transfer(model, args):
     if args.transfer_steps and not any(map(is_feature_map, dict(model.named_parameters()))):
         raise InputError(
             f"transfer_steps={args.transfer_steps} teaches feature maps, and this model has none that learns; "
-            f"convert it (--attention t2r, with another map than elu) or leave the transfer out"
+            f"convert it (--attention t2r, with another map than elu or with near_tokens) or leave the transfer out"
         )

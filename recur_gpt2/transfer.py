@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import visible_places
-from .feature_maps import softmax_divergence
+from .fitting import softmax_divergence
 from .modeling import RecurGPT2LMHeadModel
 from .state import RecurState
 from .windows import Segment
@@ -50,11 +50,12 @@ def _divergence(block, query, key, memory, has_memory) -> Tensor:
     has_memory = torch.as_tensor(has_memory).expand(len(query))
     step = max(1, WEIGHTS // (query.shape[1] * length * (slots + length)))
     parts = zip(query.split(step), key.split(step), has_memory.split(step), strict=True)
-    each = [checkpoint(_summed, block.feature_map, *part, slots, use_reentrant=False) for part in parts]
+    each = [checkpoint(_summed, block, *part, slots, use_reentrant=False) for part in parts]
     return torch.stack(each).sum()
 
 
-def _summed(feature_map, query, key, has_memory, slots):
+def _summed(block, query, key, has_memory, slots):
     visible = visible_places(query.shape[2], slots, has_memory, query.device)
     with torch.autocast(query.device.type, enabled=False):
-        return softmax_divergence(feature_map, query, key, visible) * len(query)
+        divergence = softmax_divergence(block.feature_map, query, key, visible, far_gate=block.far_gate)
+    return divergence * len(query)

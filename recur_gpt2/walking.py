@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .attention import KeyValue
-from .linear_attention import LinearState, absorb
+from .linear_reading import linear_start, packed
+from .near_reading import NearWindows
 from .reading import FreshWindows
 from .recurrence import widen
 
@@ -56,7 +57,7 @@ class LayerWalk:
     def _layer(self, layer, hidden):
         name, block = str(layer), self.model.h[layer]
         if self._is_linear(block):
-            return self._linear_layer(layer, hidden)
+            return (self._linear_layer if block.far_gate is None else self._near_layer)(layer, hidden)
         query, key, value = block.project(hidden)
         key, value = self.stretch.extend(name, key, value)
         written = self._write(name, lambda: (key, value))
@@ -91,8 +92,24 @@ class LayerWalk:
             self.window[f"linear.{name}"] = stretch.unfinished_sums(packed(state))
         return block.finish(hidden, attended)
 
+    def _near_layer(self, layer, hidden):
+        name, block, stretch = str(layer), self.model.h[layer], self.stretch
+        query, key, value = block.project(hidden)
+        count = self._tail_length(name)
+        written = self._write(name, lambda: stretch.last_positions(name, key, value, count))
+        memory = self._read(name, written, value) if stretch.fresh else None  # windows begun have it in front already
+        slots = self.model.config.memory_slots if name in self.model.recurrence else 0
+        places = NearWindows(block, stretch, name, key, value, memory, self.has_memory, slots=slots, kept=count)
+        attended = places.attend(query)
+        if block.state_decay is not None:
+            self._leave(f"linear.{name}", places.sums_of_all)
+        if any(stretch.filled):
+            self.window[f"linear.{name}"] = stretch.unfinished_sums(places.sums())
+            self.window[f"tail.{name}"] = stretch.unfinished_sums(places.tails())
+        return block.finish(hidden, attended)
+
     def _tail_length(self, name):
-        """Positions at a window's end that a layer with linear attention has to keep keys and values of."""
+        """Positions at a window's end that the recurrence of a layer with linear attention is written from."""
         if name not in self.model.recurrence:
             return 0
         recurrence = self.model.recurrence[name]
@@ -191,6 +208,14 @@ class PooledWalk(LayerWalk):
             key, value = self.stretch.extend(name, key, value)
             self._cache(name, key, value)
             attended = self._attend(block, query, key, value, reads, has_memory)
+        elif block.far_gate is not None:
+            query, key, value = block.project(hidden)
+            slots = 0 if reads is None else reads[0].shape[3]
+            places = NearWindows(block, self.stretch, name, key, value, reads, has_memory, windows, slots=slots)
+            attended = places.attend(query)
+            if any(self.stretch.filled):
+                self._cache(f"linear.{name}", places.sums())
+                self._cache(f"tail.{name}", places.tails())
         else:
             query, key, value, _ = block.project_features(hidden, None)
             start = linear_start(block, self.stretch, name, key, value, reads, has_memory)
@@ -232,62 +257,3 @@ class PooledWalk(LayerWalk):
             for name, pieces in self.cache.items():
                 whole = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
                 self.window[name] = (stretch.unfinished if name.isdigit() else stretch.unfinished_sums)(*whole)
-
-
-def packed(state: LinearState) -> Tensor:
-    """S (..., k, d) and z (..., k) -> (..., k, d + 1)."""
-    return torch.cat((state[0], state[1][..., None]), dim=-1)
-
-
-def linear_start(
-    block: RecurGPT2Block,
-    stretch: FreshWindows,
-    name: str,
-    key: Tensor,
-    value: Tensor,
-    memory: KeyValue | None,
-    has_memory: bool | Tensor,
-) -> LinearState | None:
-    """(S, z) before the first of each window's tokens, (B, W, H, k, d) and (B, W, H, k); None for zeros.
-
-    Args:
-        key, value: features (B, W, H, T, k) and values (B, W, H, T, d) of the windows' tokens.
-        memory: keys and values (B, W, H, M, d), which enter the sums first.
-        has_memory: as `reads` tells it.
-    """
-    start = stretch.sums(name)
-    if start is None and memory is not None and has_memory is not False:
-        start = _slots(block, memory, has_memory)
-    if stretch.fresh and block.state_decay is not None:
-        start = _carried(block, stretch, name, key, value, start)
-    return None if start is None else (start[..., :-1], start[..., -1])
-
-
-def _slots(block, memory, has_memory):
-    """Sums over memory slots, (B, W, H, k, d + 1)."""
-    key, value = (tensor.flatten(0, 1) for tensor in memory)
-    mask = None if has_memory is True else has_memory[:, None].to(key.device)
-    state = absorb(block.feature_map(key), value, mask=mask)
-    return packed(state).unflatten(0, memory[0].shape[:2])
-
-
-def _carried(block, stretch, name, key, value, slots):
-    """The sums that each window begins with, where they are carried: (B, W, H, k, d + 1).
-
-    A window begins with the decayed sums that the one before ended with, and its memory slots.
-    """
-    has_memory = stretch.has_memory.to(key.device)[:, :, None, None, None]
-    rows, windows = key.shape[:2]
-    before = stretch.state.memory.get(f"linear.{name}")
-    if before is None and windows == 1:
-        return slots
-    own = packed(absorb(key.flatten(0, 1), value.flatten(0, 1))).unflatten(0, (rows, windows)) if windows > 1 else None
-    decay = widen(block.state_decay).sigmoid()[:, None, None]
-    before = torch.zeros_like(own[:, 0]) if before is None else before
-    starts = []
-    for window in range(windows):
-        start = decay * before * has_memory[:, window]
-        start = start if slots is None else start + slots[:, window]
-        starts.append(start)
-        before = start if own is None else start + own[:, window]
-    return torch.stack(starts, dim=1)

@@ -46,11 +46,18 @@ LINEAR_FORMS = {
     "rfa, sinks only": FORMS["sinks only"] | {"linear_layers": "all", "feature_map": "rfa"} | SMALL,
     "hedgehog, yoshida2020": FORMS["yoshida2020"] | {"linear_layers": "all", "feature_map": "hedgehog"} | SMALL,
     "t2r, pooled above": FORMS["pooled above"] | {"linear_layers": [0, 2, 3]} | SMALL,
+    "near": {"recurrence": "none", "linear_layers": "all", "near_tokens": 3} | SMALL,
+    "near, default": {"last_slots": 2, "linear_layers": "75%", "near_tokens": 5} | SMALL,
+    "near, whole window": FORMS["whole window"] | {"linear_layers": "all", "near_tokens": WINDOW} | SMALL,
+    "near, gated": FORMS["gated"] | {"linear_layers": [0, 3], "feature_map": "hedgehog", "near_tokens": 1} | SMALL,
+    "near, pooled above": FORMS["pooled above"] | {"linear_layers": "all", "near_tokens": 2} | SMALL,
+    "near, yoshida2020": FORMS["yoshida2020"] | {"linear_layers": "all", "feature_map": "elu", "near_tokens": 4},
+    "near, carried": {"last_slots": 3, "linear_layers": "all", "near_tokens": 2, "carry_linear_state": True} | SMALL,
     "carried": {"recurrence": "none", "linear_layers": [0, 2], "carry_linear_state": True} | SMALL,
     "carried, default": {"last_slots": 3, "linear_layers": "all", "carry_linear_state": True} | SMALL,
 }
 ALL_FORMS = FORMS | LINEAR_FORMS
-LINEAR_WITH_MEMORY = [name for name in LINEAR_FORMS if name != "t2r"]
+LINEAR_WITH_MEMORY = [name for name in LINEAR_FORMS if name not in ("t2r", "near")]
 
 
 def perturb(module, std=0.3, seed=0):
@@ -114,6 +121,8 @@ def make_model(gpt2_folder):
             model = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, **{"window": WINDOW} | ALL_FORMS[form] | options)
         perturb(model.transformer.recurrence)
         for block in model.transformer.h:
+            if block.far_gate is not None:
+                perturb(block.far_gate)
             if block.state_decay is not None:
                 block.state_decay.data.uniform_(-1, 1)
         return model.to(dtype).eval()

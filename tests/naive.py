@@ -18,11 +18,14 @@ def attend(query, key, value, first_place, slots, scale):
     return out
 
 
-def attend_linearly(feature_map, query, key, value, slots, start):
+def attend_linearly(block, query, key, value, slots, start):
     """The definition, one query at a time. `slots` keys stand in front, which every query sees.
 
     start: (S, z), (H, k, d) and (H, k), that the sums begin with. -> (H, n, d), and the sums at the end
     """
+    query, feature_map = query * block.query_factor, block.feature_map
+    if block.far_gate is not None:
+        return attend_nearby(block, query, key, value, slots, start)
     query, key = feature_map.features(query, key)
     out, (sums, norms) = torch.zeros_like(value[:, slots:]), (each.clone() for each in start)
     for j in range(key.shape[1]):
@@ -34,6 +37,27 @@ def attend_linearly(feature_map, query, key, value, slots, start):
                 denominator = (query[head, i] @ norms[head]).clamp_min(feature_map.floor)
                 out[head, i] = query[head, i] @ sums[head] / denominator
     return out, (sums, norms)
+
+
+def attend_nearby(block, query, key, value, slots, start):
+    """As `attend_linearly`, where the nearest places are looked at by softmax instead."""
+    phi_query, phi_key = block.feature_map.features(query, key)
+    gate, near = block.far_gate, block.far_gate.near_tokens
+    out, (sums, norms) = torch.zeros_like(query), (each.clone() for each in start)
+    for j in range(key.shape[1]):
+        if j >= near:
+            sums += phi_key[:, j - near, :, None] * value[:, j - near, None, :]
+            norms += phi_key[:, j - near]
+        for head in range(len(query)):
+            if j >= slots:
+                scaled, first = query[head, j - slots] * query.shape[2] ** -0.5, max(0, j - near + 1)
+                weights = (key[head, first : j + 1] @ scaled).exp()
+                factor = (gate.weight[head] @ scaled + gate.bias[head]).exp()
+                far = phi_query[head, j - slots]
+                numerator = weights @ value[head, first : j + 1] + factor * far @ sums[head]
+                out[head, j - slots] = numerator / (weights.sum() + factor * far @ norms[head])
+    last = slice(max(0, key.shape[1] - near), key.shape[1])
+    return out, (sums + phi_key[:, last].mT @ value[:, last], norms + phi_key[:, last].sum(dim=1))
 
 
 def write_layer_memory(recurrence, key, value, old):
@@ -89,9 +113,7 @@ def read(model, ids):
                 heads = attend(query, key, value, 0, slots, block.attn.scaling)
             else:
                 carried[layer] = _decayed(block, carried.get(layer), value)
-                heads, carried[layer] = attend_linearly(
-                    block.feature_map, query * block.query_factor, key, value, slots, carried[layer]
-                )
+                heads, carried[layer] = attend_linearly(block, query, key, value, slots, carried[layer])
             hidden = hidden + block.attn.c_proj(heads.transpose(0, 1).flatten(1))
             inner = ACT2FN[config.activation_function](block.mlp.c_fc(block.ln_2(hidden)))
             hidden = hidden + block.mlp.c_proj(inner)

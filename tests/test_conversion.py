@@ -56,7 +56,7 @@ def test_every_fourth_layer_from_the_top_keeps_softmax():
 @torch.no_grad()
 def test_converting_gives_the_model_that_is_made_from_the_checkpoint(gpt2_folder, form):
     options = dict(ALL_FORMS[form])
-    t2r = {key: options.pop(key) for key in list(options) if key in ("feature_map", "feature_size")}
+    t2r = {key: options.pop(key) for key in list(options) if key in ("feature_map", "feature_size", "near_tokens")}
     layers, carry = options.pop("linear_layers"), options.pop("carry_linear_state", False)
     torch.manual_seed(0)
     made = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, window=WINDOW, **ALL_FORMS[form]).double()

@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from recur_gpt2.errors import InputError
-from recur_gpt2.feature_maps import FEATURE_MAPS, fit_to_softmax, make_feature_map, softmax_divergence
+from recur_gpt2.feature_maps import FEATURE_MAPS, make_feature_map
+from recur_gpt2.fitting import fit_to_softmax, softmax_divergence
 from recur_gpt2.linear_attention import linear_attention
 
 HEADS, WIDTH, SIZE = 3, 8, 6

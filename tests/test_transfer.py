@@ -22,8 +22,9 @@ def make_segment(rows=2, windows=3, seed=0):
     return Segment(ids[..., :-1], ids[..., 1:], starts, numbers, numbers)
 
 
-def divergence_naively(feature_map, query, key, slots):
+def divergence_naively(block, query, key, slots):
     """Mean over heads and queries of KL(softmax, linear); `slots` keys in front that every query sees. (H, T, d)"""
+    feature_map, gate = block.feature_map, block.far_gate
     phi_query, phi_key = feature_map.features(query, key)
     total = 0.0
     for head in range(len(query)):
@@ -31,12 +32,19 @@ def divergence_naively(feature_map, query, key, slots):
             end = slots + i + 1
             wanted = (key[head, :end] @ query[head, i] * query.shape[2] ** -0.5).softmax(dim=0)
             products = phi_key[head, :end] @ phi_query[head, i]
-            given = products / products.sum().clamp_min(feature_map.floor)
+            if gate is None:
+                given = products / products.sum().clamp_min(feature_map.floor)
+            else:
+                scaled = query[head, i] * query.shape[2] ** -0.5
+                given = products * (gate.weight[head] @ scaled + gate.bias[head]).exp()
+                near = slice(max(0, end - gate.near_tokens), end)
+                given[near] = (key[head, near] @ scaled).exp()
+                given = given / given.sum()
             total += (wanted * (wanted.log() - (given + 1e-4).log())).sum()
     return total / query.shape[0] / query.shape[1]
 
 
-@pytest.mark.parametrize("form", ["t2r", "t2r, default", "hedgehog, gated", "hedgehog, yoshida2020"])
+@pytest.mark.parametrize("form", ["t2r", "t2r, default", "hedgehog, gated", "near", "near, default"])
 @torch.no_grad()
 def test_the_loss_is_the_mean_divergence_of_the_heads_with_memory_among_the_keys(make_model, form, monkeypatch):
     model, segment, found = make_model(form), make_segment(), {}
@@ -49,7 +57,7 @@ def test_the_loss_is_the_mean_divergence_of_the_heads_with_memory_among_the_keys
                 keys, slots = key[row, window], 0
                 if memory is not None and has[row, window]:
                     keys, slots = torch.cat((memory[row, window], keys), dim=1), memory.shape[3]
-                each.append(divergence_naively(block.feature_map, query[row, window], keys, slots))
+                each.append(divergence_naively(block, query[row, window], keys, slots))
         found.setdefault(block.attn.layer_idx, []).append(torch.stack(each).mean())  # of all windows, or of one
 
     earlier = model.transformer.teach(make_segment(seed=1).input_ids, segment.starts, None, lambda *_: None)

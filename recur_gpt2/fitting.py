@@ -1,0 +1,105 @@
+"""How far a layer's attention is from softmax's, and bringing it nearer: what new feature maps start from."""
+
+import torch
+from torch import Tensor
+
+from .feature_maps import FeatureMap
+from .near_attention import FarGate
+from .recurrence import widen
+
+PROBABILITY_FLOOR = 1e-4  # what a weight of zero counts as
+
+
+def softmax_divergence(
+    feature_map: FeatureMap,
+    query: Tensor,
+    key: Tensor,
+    visible: Tensor | None = None,
+    *,
+    far_gate: FarGate | None = None,
+) -> Tensor:
+    """How far attention weights are from softmax's: mean Kullback-Leibler divergence in nats a query.
+
+    Args:
+        query, key: (B, H, T, d) and (B, H, S, d), as softmax attention takes them, the last query at the last key. It
+            is quadratic in T.
+        visible: (T, S) or (B, 1, T, S) bool, what each query attends to; None for S = T and causal.
+        far_gate: of a layer that attends to near places by softmax.
+
+    Returns:
+        (), with gradient for the map and the gate, and through them for q and k; softmax's side is taken as given.
+    """
+    query, key = widen(query), widen(key)
+    if visible is None:
+        visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    scaled = query * feature_map.width**-0.5
+    scores = scaled @ key.mT
+    with torch.no_grad():
+        wanted = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    query, key = feature_map.features(query, key)
+    products = (query @ key.mT) * visible
+    if far_gate is None:
+        # The ratio first, then its logarithm: were both floored apart, features that are all zero would fit best.
+        weights = products / products.sum(dim=-1, keepdim=True).clamp_min(feature_map.floor)
+    else:
+        near = _distances(visible) < far_gate.near_tokens
+        weights = _with_near(products * ~near, scores, visible & near, far_gate(scaled), feature_map.floor)
+    log_weights = (weights.clamp_min(0) + PROBABILITY_FLOOR).log()
+    divergence = (torch.xlogy(wanted, wanted) - wanted * log_weights).sum(dim=-1)
+    # Only rfa has negative weights; what they let the others have above 1 in all must cost more than it gains.
+    return (divergence - weights.clamp_max(0).sum(dim=-1)).mean()
+
+
+def fit_to_softmax(
+    feature_map: FeatureMap,
+    query: Tensor,
+    key: Tensor,
+    *,
+    far_gate: FarGate | None = None,
+    steps: int = 200,
+    learning_rate: float = 1e-2,
+    batch_size: int = 2,
+) -> float:
+    """Fit a map alone, in place, to the softmax weights of given queries and keys, by Adam on `softmax_divergence`.
+
+    Args:
+        query, key: (B, H, T, d), of which each step takes `batch_size` rows.
+        far_gate: fitted with the map.
+
+    Returns:
+        The divergence over all rows afterwards.
+    """
+    modules = [feature_map] if far_gate is None else [feature_map, far_gate]
+    parameters = [each for module in modules for each in module.parameters() if each.requires_grad]
+    if parameters:  # elu has none
+        optimizer = torch.optim.Adam(parameters, learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(steps):
+            rows = torch.randint(len(query), (batch_size,), generator=generator).to(query.device)
+            loss = softmax_divergence(feature_map, query[rows].detach(), key[rows].detach(), far_gate=far_gate)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        rows = zip(query, key, strict=True)
+        each = [softmax_divergence(feature_map, q[None], k[None], far_gate=far_gate) for q, k in rows]
+        return float(torch.stack(each).mean())
+
+
+def _distances(visible):
+    """(T, S), how many places in front of a query a key stands."""
+    length, span = visible.shape[-2:]
+    places = torch.arange(span, device=visible.device)
+    return places[span - length :, None] - places
+
+
+def _with_near(products, scores, near, gate, floor):
+    """Weights (B, H, T, S): of near places by softmax, of far ones by products of features. See near_attention.py."""
+    scores = scores.masked_fill(~near, -torch.inf)
+    total = products.sum(dim=-1, keepdim=True)
+    factor = gate.masked_fill(total < floor, -torch.inf)
+    top = torch.maximum(scores.amax(dim=-1, keepdim=True), factor + total.clamp_min(floor).log()).detach()
+    weights = (scores - top).exp() + products * (factor - top).exp()
+    return weights / weights.sum(dim=-1, keepdim=True)
