@@ -6,8 +6,9 @@
     python benchmarks/bench_t2r.py decode
 
 `quality`: data/gpt2-mini with each attention, finetuned by `recur-gpt2 finetune` on the same windows in the same order,
-for the same number of steps; with attention transfer, a quarter of them is the transfer. The ratio is of token
-perplexity to softmax's, with a bootstrap interval over documents. The record lets it be stopped and started again.
+for the same number of steps; with attention transfer, a quarter of them is the transfer. Each kind of attention has the
+learning rate that was best for it in a trial on the validation books (docs/t2r.md). The ratio is of token perplexity to
+softmax's, with a bootstrap interval over documents. The record lets it be stopped and started again.
 `decode`: milliseconds a token while a document is read token by token, early and late. The last line is JSON.
 """
 
@@ -31,24 +32,44 @@ from recur_gpt2.evaluation import resample
 from recur_gpt2.fresh_runs import Record, finetuned
 
 MODEL = ROOT / "data" / "gpt2-mini"
-MAPS = ("t2r", "hedgehog", "elu", "rfa")
+RATES = {"softmax": "3e-5", "near": "1e-4", "linear": "3e-4"}  # the best of 3e-5 to 1e-3 for each kind of attention
+ACROSS = {  # what crosses the border of windows
+    "memory": "--recurrence default",
+    "carried": "--recurrence none --carry-linear-state",
+    "memory and carried": "--recurrence default --carry-linear-state",
+}
 TOKENS_PER_STEP = 8192
+NEAR = 64
 LANES = 8
+STEPS = 40
+LINEAR = ("t2r all", "t2r 75%", "hedgehog all", "elu all", "rfa all")
+LINEAR += (f"hedgehog all, near {NEAR}", f"hedgehog 75%, near {NEAR}")
+BEST = f"hedgehog all, near {NEAR}, transfer"
 TRANSFER = 4  # one step of so many is attention transfer, where there is any
 
 
-def configurations():
-    """{row: (flags of `recur-gpt2 finetune`, whether with transfer, whether from random weights)}"""
-    rows = {"softmax": ("", False, False)}
-    shares = [("all", name) for name in MAPS] + [("75%", "t2r"), ("75%", "hedgehog")]
-    for share, name in shares:
-        flags = f"--attention t2r --t2r-layers {share} --feature-map {name}"
-        rows[f"{name} {share}"] = flags, False, False
-        if name != "elu":  # which has nothing to learn
-            rows[f"{name} {share}, transfer"] = flags, True, False
-    rows["softmax, random weights"] = "", False, True
-    rows["t2r all, random weights"] = "--attention t2r", False, True
+def configurations(data, window):
+    """{row: flags of `recur-gpt2 finetune`} for one window on one collection of texts."""
+    rows = {"softmax": f"--recurrence none --lr {RATES['softmax']}"}
+    for name in LINEAR:
+        flags = f"--recurrence none {linear_flags(name)}"
+        rows[name] = flags
+        if not name.startswith("elu"):  # which has nothing to learn
+            rows[f"{name}, transfer"] = f"{flags} --transfer-steps"
+    rows["t2r all, random weights"] = f"{rows['t2r all']} --model"
+    if (data, window) == ("pg19-sample", 256):
+        rows["softmax, memory"] = rows["softmax"].replace("none", "default")
+        for how, flags in ACROSS.items():
+            rows[f"{BEST}, {how}"] = rows[BEST].replace("--recurrence none", flags)
     return rows
+
+
+def linear_flags(name):
+    """ "<map> <layers>[, near <w>]" as flags."""
+    attention, _, near = name.partition(", near ")
+    feature_map, layers = attention.split()
+    flags = f"--attention t2r --t2r-layers {layers} --feature-map {feature_map}"
+    return f"{flags} --near-tokens {near} --lr {RATES['near']}" if near else f"{flags} --lr {RATES['linear']}"
 
 
 def main():
@@ -60,11 +81,10 @@ def main():
     add("--record", type=Path, default=Path("docs/t2r.json"), help="what each run found")
     add("--data", nargs="+", default=["pg19-sample", "wikitext-103-sample"])
     add("--windows", type=int, nargs="+", default=[256, 1024])
-    add("--only", nargs="+", choices=list(configurations()), help="rows (default: all)")
-    add("--steps", type=int, default=120, help="of 8,192 tokens, transfer included (default: 120)")
-    add("--lr", default="3e-4", help="peak learning rate of the pretrained weights (default: 3e-4)")
+    add("--only", nargs="+", help="rows (default: all)")
+    add("--steps", type=int, default=STEPS, help=f"of 8,192 tokens, transfer included (default: {STEPS})")
     add("--split", default="test", help="documents to score (default: test)")
-    add("--eval-tokens", type=int, default=147456, help="tokens of them (default: 147456)")
+    add("--eval-tokens", type=int, default=73728, help="tokens of them (default: 73728)")
     add("--table", action="store_true", help="print the tables of what is recorded, and run nothing")
     quality.set_defaults(run=run_quality)
     decode = commands.add_parser("decode")
@@ -86,7 +106,7 @@ def run_quality(args):
     for data in args.data:
         for window in args.windows:
             found = record.at(data, str(window))
-            for name in [] if args.table else args.only or configurations():
+            for name in [] if args.table else args.only or configurations(data, window):
                 make = partial(run_one, args, data, window, name)
                 record.once(found, name, lambda make=make: findings(make()))
             print(table(data, window, found), flush=True)
@@ -95,16 +115,17 @@ def run_quality(args):
 
 def run_one(args, data, window, name):
     """Finetune and evaluate -> the results."""
-    flags, transfer, random = configurations()[name]
+    flags = configurations(data, window)[name].split()
     folder = args.output / data / f"w{window}" / name.replace(" ", "-").replace(",", "").replace("%", "")
-    transfer_steps = args.steps // TRANSFER if transfer else 0
-    command = ["--window", str(window), "--data", data]
-    command += ["--recurrence", "none", "--no-control", "--rows", "recurrent"]
-    command += ["--lanes", str(LANES), "--bptt", str(TOKENS_PER_STEP // window // LANES), "--lr", args.lr]
-    command += ["--steps", str(args.steps - transfer_steps), "--transfer-steps", str(transfer_steps)]
-    command += ["--eval-split", args.split, "--eval-tokens", str(args.eval_tokens), *flags.split()]
-    if random:
-        command += ["--model", str(random_weights(args.output / "random-weights"))]
+    transfer = args.steps // TRANSFER
+    if flags[-1] == "--transfer-steps":
+        flags += [str(transfer), "--steps", str(args.steps - transfer)]
+    else:
+        flags += [str(random_weights(args.output / "random-weights"))] if flags[-1] == "--model" else []
+        flags += ["--steps", str(args.steps)]
+    command = ["--window", str(window), "--data", data, "--no-control", "--rows", "recurrent"]
+    command += ["--lanes", str(LANES), "--bptt", str(TOKENS_PER_STEP // window // LANES)]
+    command += ["--eval-split", args.split, "--eval-tokens", str(args.eval_tokens), *flags]
     return finetuned(folder, command)
 
 
@@ -137,7 +158,7 @@ def table(data, window, found):
         "| attention | token perplexity | ratio to softmax | 95% interval | MFLOPs |",
     ]
     lines.append("|---|---|---|---|---|")
-    for name in filter(found.get, configurations()):
+    for name in filter(found.get, configurations(data, window)):
         row, base = found[name], found.get("softmax")
         cells = [name, f"{math.exp(row['nats']):.2f}", "", "", f"{row['mflops']:.2f}"]
         if base and name != "softmax":
@@ -160,14 +181,13 @@ def interval(row, base):
 def run_decode(args):
     tune_allocator()
     rows = []
-    for share in (None, "75%", "all"):
-        options = {} if share is None else {"linear_layers": share}
+    near = {"linear_layers": "all", "feature_map": "hedgehog", "near_tokens": min(NEAR, args.window)}
+    attentions = {"softmax": {}, "t2r 75%": {"linear_layers": "75%"}, "t2r all": {"linear_layers": "all"}}
+    for name, options in (attentions | {f"hedgehog all, near {NEAR}": near}).items():
         model = RecurGPT2LMHeadModel.from_gpt2(str(MODEL), window=args.window, recurrence="none", **options)
         model.eval().fuse_feature_maps()
         for batch in args.batches:
-            rows.append(
-                {"attention": f"t2r {share}" if share else "softmax", "batch": batch} | decode(model, batch, args)
-            )
+            rows.append({"attention": name, "batch": batch} | decode(model, batch, args))
             print(rows[-1], file=sys.stderr, flush=True)
     head = ["attention", "batch", "ms a token at 100", f"at {args.tokens:,}", "ratio", "state, KiB"]
     cells = [

@@ -44,6 +44,8 @@ def flops_per_token(config: RecurGPT2Config, *, memory: bool = True, training: b
 
 def _linear_flops(config):
     """FLOPs of linear attention for one token: features, products inside a chunk, and sums from chunk to chunk."""
+    if config.near_tokens:
+        return _near_flops(config)
     head, features, matrix = _features(config)
     chunk = min(CHUNK, config.window)
     carrying = 2 * features * head if config.carry_linear_state else 0  # of windows computed together
@@ -51,8 +53,20 @@ def _linear_flops(config):
     return config.n_head * each
 
 
+def _near_flops(config):
+    """The same of layers with `near_tokens`, whose chunks have two chunks' places before them or in them."""
+    head, features, matrix = _features(config)
+    near, window = config.near_tokens, config.window
+    chunked = -(-window // near) * near / window  # of the last chunk's queries, some are padding
+    in_chunk = 8 * near * head + 2 * near * features + 4 * features * head + 2 * features
+    carrying = (1 + near / window) * 2 * head * (matrix + features) if config.carry_linear_state else 0
+    return config.n_head * (4 * head * matrix + 2 * head + chunked * in_chunk + carrying)
+
+
 def _recomputed_flops(config):
     """FLOPs for one token of what linear attention's backward pass makes once more: the products inside a chunk."""
+    if config.near_tokens:
+        return 0
     return 2 * config.n_head * min(CHUNK, config.window) * _features(config)[1]
 
 
@@ -73,7 +87,7 @@ def _reading_flops(config, *, linear):
     attending = 4 * width * window * slots
     if linear:
         _, features, matrix = _features(config)
-        attending = 2 * width * slots * (matrix + features)
+        attending = 2 * width * max(0, slots - config.near_tokens) * (matrix + features)
     if not config.pool_layers:
         return attending
     hidden = config.recurrence_width

@@ -14,6 +14,7 @@ B rows, T queries, H heads, w places in front of them, k features, d = D / H, C 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .feature_maps import FLOOR
 from .linear_attention import LinearState, own_types, running_sums, started
@@ -100,7 +101,7 @@ def near_attention(
         sums = running_sums(sums, torch.bmm(phi_k.mT, v), v.dtype)
         norms = running_sums(norms, phi_k.sum(dim=1, dtype=norms.dtype), norms.dtype)
         seen = None if mask is None else _spans(mask[:, None, :, None].expand(-1, key.shape[1], -1, -1), near, chunk).mT
-        out = _chunk_attention(
+        out = _NearChunks.apply(
             q, _spans(key, near, chunk), _spans(value, near, chunk), phi_q, phi_k, g, sums, norms, seen, floor
         )
     return rearrange(out, "(b h n) c d -> b h (n c) d", b=len(value), h=value.shape[1])[:, :, :length].to(dtype)
@@ -112,24 +113,68 @@ def _spans(tensor, near, chunk):
     return rearrange(spans, "b h n x s -> (b h n) s x")
 
 
-def _chunk_attention(q, k, v, phi_q, phi_k, g, sums, norms, seen, floor):
-    """(G, C, .) queries over (G, w + C, .) places, of which those far from each have features (G, C, k)."""
+class _NearChunks(torch.autograd.Function):
+    """(G, C, .) queries over (G, w + C, .) places, of which those that can be far have features (G, C, k).
+
+    Autograd would keep half a dozen (C, w + C) matrices of every chunk. With the numerator's gradient n_i and the
+    denominator's e_i, and W_ij what place j weighs,
+
+        dW_ij = n_i . v_j + e_i,    dv_j = sum_i W_ij n_i,    ds_ij = W_ij dW_ij  of near places,
+
+    and far ones pass exp(g_i) dW_ij on to phi(q_i) . phi(k_j). Weights are kept relative to the largest of a query.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, phi_q, phi_k, g, sums, norms, seen, floor):
+        with own_types(q):
+            scores, far = _scores(q, k, seen), torch.bmm(phi_q, phi_k.mT).tril_()
+            total = far.sum(dim=2, keepdim=True, dtype=norms.dtype)
+            total += phi_q.to(norms.dtype) @ norms[..., None]
+            nothing = total < floor
+            top = (g + total.clamp_min(floor).log_()).masked_fill_(nothing, NEVER)
+            top = torch.maximum(top, scores.amax(dim=2, keepdim=True).to(top.dtype)).to(q.dtype)
+            factor = (g - top).masked_fill_(nothing, -torch.inf).exp_()
+            weights = scores.sub_(top).exp_()
+            denominator = (factor * total).add_(weights.sum(dim=2, keepdim=True, dtype=norms.dtype))
+            narrow = factor.to(q.dtype)
+            weights[:, :, : q.shape[1]].add_(far.mul_(narrow))
+            out = torch.bmm(weights, v).baddbmm_(phi_q * narrow, sums).div_(denominator)
+        ctx.save_for_backward(q, k, v, phi_q, phi_k, sums, norms, seen, top, factor, denominator, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, phi_q, phi_k, sums, norms, seen, top, factor, denominator, out = ctx.saved_tensors
+        length, narrow = q.shape[1], factor.to(q.dtype)
+        with own_types(q):
+            n = (grad / denominator).to(v.dtype)
+            e = (n * out).sum(dim=2, keepdim=True, dtype=norms.dtype).neg_()
+            grad_weights = torch.bmm(n, v.mT).add_(e)
+            weights = _scores(q, k, seen).sub_(top).exp_()
+            grad_scores = weights * grad_weights
+            grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q)
+            far = torch.bmm(phi_q, phi_k.mT).tril_()
+            grad_far = grad_weights[:, :, :length]
+            grad_sum = torch.bmm(n, sums.mT).add_(e * norms[:, None])
+            grad_factor = (far * grad_far).sum(dim=2, keepdim=True, dtype=norms.dtype)
+            grad_factor += (grad_sum * phi_q).sum(dim=2, keepdim=True, dtype=norms.dtype)
+            grad_far = (grad_far * narrow).tril_()
+            grad_phi_q = torch.bmm(grad_far, phi_k).add_(grad_sum * narrow)
+            grad_phi_k = torch.bmm(grad_far.mT, phi_q)
+            scaled = phi_q * narrow
+            grad_sums = torch.bmm(scaled.mT, n)
+            grad_norms = (scaled * e).sum(dim=1, dtype=norms.dtype)
+            weights[:, :, :length].add_(far.mul_(narrow))
+            grad_v = torch.bmm(weights.mT, n)
+        return grad_q, grad_k, grad_v, grad_phi_q, grad_phi_k, grad_factor * factor, grad_sums, grad_norms, None, None
+
+
+def _scores(q, k, seen):
+    """(G, C, w + C) products of queries with near places, NEVER elsewhere."""
     length, span = q.shape[1], k.shape[1]
     place = torch.arange(span, device=q.device) - torch.arange(length, device=q.device)[:, None]
     beyond = torch.zeros(length, span, dtype=q.dtype, device=q.device)
     beyond.masked_fill_((place <= 0) | (place > span - length), NEVER)
     scores = torch.baddbmm(beyond, q, k.mT)
-    if seen is not None:
-        scores = scores.masked_fill(~seen, NEVER)
-    far = torch.bmm(phi_q, phi_k.mT).tril()
-    total = far.sum(dim=2, keepdim=True, dtype=norms.dtype) + phi_q.to(norms.dtype) @ norms[..., None]
-    nothing = total < floor
-    with torch.no_grad():  # any number serves: it is in numerator and denominator
-        top = (g + total.clamp_min(floor).log()).masked_fill(nothing, NEVER)
-        top = torch.maximum(top, widen(scores.amax(dim=2, keepdim=True)))
-    factor = (g - top).masked_fill(nothing, -torch.inf).exp()
-    weights = (scores - top).exp()
-    denominator = weights.sum(dim=2, keepdim=True) + factor * total
-    weights = weights + nn.functional.pad(far * factor, (0, span - length))
-    numerator = torch.bmm(weights.to(v.dtype), v).baddbmm(phi_q * factor.to(phi_q.dtype), sums)
-    return numerator / denominator
+    return scores if seen is None else scores.masked_fill_(~seen, NEVER)

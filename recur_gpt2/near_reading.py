@@ -7,6 +7,7 @@ k features, d = D / H.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,11 +81,16 @@ class NearWindows:
         """(B, W, H, k, d + 1), sums of all but the last w places of unfinished windows."""
         key, value = self._near_places()
         left = torch.tensor(self.stretch.read_now)[:, None, None] > torch.arange(key.shape[3])
-        return self._absorbed(key, value, self.mask & left.expand(*key.shape[:2], -1).flatten(0, 1))
+        return self._absorbed(key, value, self.mask & left.expand(*key.shape[:2], -1).flatten(0, 1), self.start)
 
     def sums_of_all(self) -> Tensor:
         """(B, W, H, k, d + 1), sums of all places."""
-        return self._absorbed(*self._near_places(), self.mask)
+        return self._own if self.start is None else self.start + self._own
+
+    @cached_property
+    def _own(self):
+        """What all these places add to the sums, (B, W, H, k, d + 1)."""
+        return self._absorbed(*self._near_places(), self.mask, None)
 
     def tails(self) -> Tensor:
         """(B, W, 2, H, n, d), the last places of unfinished windows."""
@@ -111,12 +117,10 @@ class NearWindows:
             start = slot_sums(self.block, early, has_memory)
         if self.block.state_decay is None:
             return start
-        own = self._absorbed(*self._near_places(), self.mask, None) if self.places.shape[1] > 1 else None
-        return carried(self.block, self.stretch, name, own, start)
+        return carried(self.block, self.stretch, name, self._own if self.places.shape[1] > 1 else None, start)
 
-    def _absorbed(self, key, value, mask, start=...):
+    def _absorbed(self, key, value, mask, start):
         """The sums that these places (B, W, H, n, d) are added to, with them."""
-        start = self.start if start is ... else start
         flat = None if start is None else tuple(each.flatten(0, 1) for each in unpacked(start))
         features = self.block.feature_map(key.flatten(0, 1))
         sums = absorb(features, value.flatten(0, 1), flat, mask=mask.to(key.device))

@@ -50,6 +50,10 @@ GRID = {
     "hedgehog, default": {"last_slots": 16, "linear_layers": [0, 2], "feature_map": "hedgehog", "feature_size": 64},
     "elu, pooled slots": {"last_slots": 0, "pooled_slots": 4, "linear_layers": "all", "feature_map": "elu"},
     "rfa, default": {"last_slots": 16, "linear_layers": "all", "feature_map": "rfa"},
+    "near": {"recurrence": "none", "linear_layers": "all", "near_tokens": 16},
+    "near, not a divisor": {"recurrence": "none", "linear_layers": [0, 2], "near_tokens": 24, "window": 100},
+    "near, default": {"last_slots": 20, "linear_layers": "all", "feature_map": "hedgehog", "near_tokens": 8},
+    "near, yoshida2020": {"recurrence": "yoshida2020", "linear_layers": "all", "feature_map": "elu", "near_tokens": 4},
     "t2r, yoshida2020": {"recurrence": "yoshida2020", "linear_layers": "all"},
 }
 grid = pytest.mark.parametrize("options", GRID.values(), ids=GRID.keys())

@@ -118,11 +118,11 @@ def test_linear_attention_is_timed_beside_softmax():
 def test_decoding_is_timed_early_and_late():
     out = run_script("bench_t2r.py", "decode", "--tokens", "160", "--batches", "2", "--window", "32")
     rows = json.loads(out.splitlines()[-1])["rows"]
-    assert [row["attention"] for row in rows] == ["softmax", "t2r 75%", "t2r all"]
+    assert [row["attention"] for row in rows] == ["softmax", "t2r 75%", "t2r all", "hedgehog all, near 64"]
     assert all(row["early"] > 0 and row["late"] > 0 for row in rows)
     # (S, z): heads * k * (d + 1) numbers in float32 for each layer; keys and values of at most 31 tokens otherwise.
-    sums, cache = 4 * 32 * 65 * 4, 2 * 31 * 256 * 4
-    assert [row["state_bytes"] - 16 for row in rows] == [6 * cache, 5 * sums + cache, 6 * sums]
+    sums, cache, near = 4 * 32 * 65 * 4, 2 * 31 * 256 * 4, 2 * 32 * 256 * 4
+    assert [row["state_bytes"] - 16 for row in rows] == [6 * cache, 5 * sums + cache, 6 * sums, 6 * (sums + near)]
 
 
 def test_quality_is_told_as_a_ratio_with_an_interval_over_documents(tmp_path):
