@@ -5,8 +5,9 @@
 
 Kernels take turns, and a ratio compares runs of the same round. Every call reads --tokens tokens (or one row, if that
 is longer) with 4 heads of 64; queries, keys and values lie in memory as a projection leaves them, features as a map
-does. "t2r + chunked" is all that stands in softmax attention's place: the map on queries and keys, then the operator.
-"naive" is left out beyond 1,024 tokens. The last line is one JSON object.
+does. "t2r + chunked" is all that stands in softmax attention's place: the map on queries and keys, then the operator;
+so is "hedgehog + near", where the --near nearest places keep softmax. "naive" is left out beyond 1,024 tokens. The last
+line is one JSON object.
 """
 
 import argparse
@@ -19,12 +20,14 @@ from pathlib import Path
 
 import torch
 from common import machine, print_table, spread
+from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from recur_gpt2.allocator import tune_allocator
 from recur_gpt2.attention import window_attention
 from recur_gpt2.feature_maps import make_feature_map
 from recur_gpt2.linear_attention import CHUNK, absorb, chunked, naive, step
+from recur_gpt2.near_attention import FarGate, near_attention
 
 HEADS, WIDTH = 4, 64
 NAIVE_LIMIT = 1024
@@ -63,6 +66,7 @@ def parse() -> Namespace:
     add("--features", type=int, nargs="+", default=[32, 64], help="k")
     add("--precisions", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     add("--chunks", type=int, nargs="+", default=[CHUNK], help="tokens a chunk, each a kernel of its own")
+    add("--near", type=int, default=64, help="w, nearest places (default: 64)")
     add("--tokens", type=int, default=2048, help="tokens a call, over as many rows as they fill")
     add("--repeats", type=int, default=5, help="rounds, in each of which every kernel runs once")
     add("--json", metavar="FILE", help="write the last line to a file too")
@@ -108,9 +112,19 @@ def linear_kernels(args, length, features, dtype):
     def mapped(query, key, value):
         return chunked(*feature_map.features(query, key), value)
 
+    near_map, gate = make_feature_map("hedgehog", HEADS, WIDTH, features).to(dtype), FarGate(HEADS, WIDTH, args.near)
+    in_front = (torch.arange(args.near + length) >= args.near).expand(rows, -1)  # nothing is
+
+    def near(query, key, value):
+        key, value = (pad(each, (0, 0, args.near, 0)) for each in (key, value))
+        phi = near_map.features(query, key[:, :, :length])
+        scaled = query * WIDTH**-0.5
+        return near_attention(scaled, key, value, *phi, gate(scaled), mask=in_front)
+
     inputs = partial(mapped_inputs, rows, length, features)
     kernels = {f"chunked, C = {size}": (partial(chunked, chunk=size), inputs) for size in args.chunks if size <= length}
     kernels["t2r + chunked"] = (mapped, partial(projected, rows, length))
+    kernels["hedgehog + near"] = (near, partial(projected, rows, length))
     if length <= NAIVE_LIMIT:
         kernels["naive"] = (naive, inputs)
     return kernels

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from . import near_attention
 from .allocator import release_memory
 from .configuration import RecurGPT2Config
 from .linear_attention import CHUNK
@@ -54,11 +55,12 @@ def _linear_flops(config):
 
 
 def _near_flops(config):
-    """The same of layers with `near_tokens`, whose chunks have two chunks' places before them or in them."""
+    """The same of layers with `near_tokens`, where a chunk's queries meet w places in front of it and its own."""
     head, features, matrix = _features(config)
     near, window = config.near_tokens, config.window
-    chunked = -(-window // near) * near / window  # of the last chunk's queries, some are padding
-    in_chunk = 8 * near * head + 2 * near * features + 4 * features * head + 2 * features
+    chunk = min(near_attention.CHUNK, near, window)
+    chunked = -(-window // chunk) * chunk / window  # of the last chunk's queries, some are padding
+    in_chunk = 4 * (near + chunk) * head + 2 * chunk * features + 4 * features * head + 2 * features
     carrying = (1 + near / window) * 2 * head * (matrix + features) if config.carry_linear_state else 0
     return config.n_head * (4 * head * matrix + 2 * head + chunked * in_chunk + carrying)
 

@@ -97,17 +97,21 @@ def fit_slots(model: RecurGPT2Model) -> None:
 
 
 @torch.no_grad()
-def fit_feature_maps(model: RecurGPT2Model) -> None:
+def fit_feature_maps(model: RecurGPT2Model, tokens: Tensor | None = None) -> None:
     """Start the feature maps of linear layers where their attention is nearest to softmax, before any training.
 
-    Measured on the model itself, without data: likely tokens are read with softmax attention in all layers, and each
-    map is fitted to the weights that its queries and keys have there. docs/t2r.md compares this with other starts.
+    Measured on the model itself: tokens are read with softmax attention in all layers, and each map is fitted to the
+    weights that its queries and keys have there. docs/t2r.md compares this with other starts.
+
+    Args:
+        tokens: (samples, n) int64 to read; None for likely ones, which needs no data.
     """
     layers = model.config.linear_layers
     if not layers:
         return
-    length = min(model.config.window, LONGEST_FIT)
-    reading = _read_plainly(model, _likely_tokens(model, (SAMPLES, length)), torch.arange(length))
+    if tokens is None:
+        tokens = _likely_tokens(model, (SAMPLES, min(model.config.window, LONGEST_FIT)))
+    reading = _read_plainly(model, tokens, torch.arange(tokens.shape[1]))
     with tqdm(total=len(layers), desc="fitting feature maps", unit="layer", leave=False) as bar:
         for block, (_, query, key, _) in zip(model.h, reading, strict=False):
             if block.feature_map is not None:

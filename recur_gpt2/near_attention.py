@@ -20,6 +20,7 @@ from .feature_maps import FLOOR
 from .linear_attention import LinearState, own_types, running_sums, started
 from .recurrence import widen
 
+CHUNK = 32  # most queries a chunk: measured at w = 32, 64 and 128 (bench_linear_attention.py)
 NEVER = -1e30  # the score of a place that is not seen: finite, so that a query that sees nothing stays finite too
 
 
@@ -60,7 +61,7 @@ def near_attention(
     mask: Tensor | None = None,
     floor: float = FLOOR,
 ) -> Tensor:
-    """Causal attention as above, in chunks of w queries.
+    """Causal attention as above, in chunks of at most w queries.
 
     Args:
         query: (B, H, T, d), times d^-1/2.
@@ -83,7 +84,7 @@ def near_attention(
     )
     if mask is not None:
         key_features = key_features.masked_fill(~mask[:, None, :length, None], 0)
-    chunk = min(near, length)
+    chunk = min(CHUNK, near, length)
     missing = -length % chunk
     if missing:
         query, key, value, query_features, key_features, gate = (

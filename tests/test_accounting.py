@@ -52,6 +52,7 @@ GRID = {
     "rfa, default": {"last_slots": 16, "linear_layers": "all", "feature_map": "rfa"},
     "near": {"recurrence": "none", "linear_layers": "all", "near_tokens": 16},
     "near, not a divisor": {"recurrence": "none", "linear_layers": [0, 2], "near_tokens": 24, "window": 100},
+    "near, longer than a chunk": {"recurrence": "none", "linear_layers": "all", "near_tokens": 48, "window": 128},
     "near, default": {"last_slots": 20, "linear_layers": "all", "feature_map": "hedgehog", "near_tokens": 8},
     "near, yoshida2020": {"recurrence": "yoshida2020", "linear_layers": "all", "feature_map": "elu", "near_tokens": 4},
     "t2r, yoshida2020": {"recurrence": "yoshida2020", "linear_layers": "all"},

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from recur_gpt2 import near_attention as module
 from recur_gpt2.near_attention import FarGate, near_attention
 
 ROWS, HEADS, FEATURES, WIDTH = 2, 3, 5, 4
@@ -80,11 +81,18 @@ def gradients(form, inputs, state, mask, near):
 @given(
     length=st.integers(1, 14),
     near=st.integers(1, 9),
+    chunk=st.integers(1, 9),
     carried=st.booleans(),
     masked=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_outputs_and_gradients_are_the_definitions(length, near, carried, masked, seed):
+def test_outputs_and_gradients_are_the_definitions(length, near, chunk, carried, masked, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK", chunk)
+        compare_with_definition(length, near, carried, masked, seed)
+
+
+def compare_with_definition(length, near, carried, masked, seed):
     inputs, state = random_inputs(length, near, seed=seed), random_state(seed) if carried else None
     mask = random_mask(length, near, seed) if masked else None
     out = near_attention(*inputs, state, mask=mask)
