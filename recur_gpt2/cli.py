@@ -233,6 +233,7 @@ def run_convert(args: argparse.Namespace) -> None:
     """Convert a model and save it."""
     from .conversion import convert_to_t2r
     from .loading import load_any, load_tokenizer, save_model
+    from .modeling import is_feature_map
 
     if args.output.exists():
         raise InputError(f"{args.output} exists already; give another --output")
@@ -242,7 +243,8 @@ def run_convert(args: argparse.Namespace) -> None:
     convert_to_t2r(model, layer_names(args.layers), **options)
     save_model(model, tokenizer, args.output)
     print(f"layers {model.config.linear_layers} have linear attention now; finetune it:")
-    print(f"recur-gpt2 finetune --model {args.output} --window {model.config.window} --transfer-steps 60")
+    transfer = " --transfer-steps 60" if any(is_feature_map(name) for name, _ in model.named_parameters()) else ""
+    print(f"recur-gpt2 finetune --model {args.output} --window {model.config.window}{transfer}")
 
 
 if __name__ == "__main__":

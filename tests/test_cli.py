@@ -79,11 +79,13 @@ def test_finetune_writes_everything_and_prints_the_table(documents, tmp_path, ca
 
 def test_finetune_takes_linear_attention_and_its_transfer(documents, tmp_path, capsys):
     flags = ["--attention", "t2r", "--t2r-layers", "75%", "--feature-map", "hedgehog", "--feature-size", "16"]
+    flags += ["--near-tokens", "5"]
     flags += ["--transfer-steps", "2", "--new-first-steps", "1", "--carry-linear-state", "--rows", "recurrent"]
     assert finetune(documents, tmp_path / "out", *flags, "--no-control") == 0
     config = json.loads((tmp_path / "out" / "recurrent" / "model" / "config.json").read_text())
     assert config["linear_layers"] == [0, 1, 3, 4, 5]
     assert (config["feature_map"], config["feature_size"], config["carry_linear_state"]) == ("hedgehog", 16, True)
+    assert config["near_tokens"] == 5
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     measures = [("divergence" in row, "loss" in row) for row in results["training"]["recurrent"]]
     assert measures == [(True, False)] * 2 + [(False, True)] * 2
@@ -95,7 +97,7 @@ def test_convert_writes_a_model_that_finetune_goes_on_with(documents, tmp_path, 
     assert main(["convert", *options]) == 0
     printed = capsys.readouterr().out
     assert "layers [0, 4] have linear attention now" in printed
-    assert f"recur-gpt2 finetune --model {converted}" in printed
+    assert f"recur-gpt2 finetune --model {converted} --window 16\n" in printed, "elu has nothing to transfer"
     flags = [
         "--model",
         str(converted),

@@ -84,6 +84,8 @@ def test_a_model_without_a_head_is_converted_too(gpt2_folder):
         ({"feature_map": "relu"}, "feature_map='relu' is not known; use one of t2r, elu, rfa, hedgehog"),
         ({"feature_map": "hedgehog", "feature_size": 7}, "use an even number"),
         ({"feature_size": 0}, "feature_size=0 must be at least 1"),
+        ({"near_tokens": -1}, "near_tokens=-1 must be from 0 to window=8"),
+        ({"near_tokens": 9}, "near_tokens=9 must be from 0 to window=8"),
     ],
     ids=str,
 )
@@ -100,6 +102,27 @@ def test_converting_twice_is_refused(gpt2_folder):
     model = convert_to_t2r(softmax_model(gpt2_folder), [1], feature_size=6)
     with pytest.raises(InputError, match=r"layers \[1\] have linear attention already; convert the model"):
         convert_to_t2r(model, [2])
+
+
+def test_near_places_are_of_linear_layers(gpt2_folder):
+    with pytest.raises(InputError, match="near_tokens=3 are of linear layers; name some in linear_layers"):
+        softmax_model(gpt2_folder, near_tokens=3)
+
+
+@torch.no_grad()
+def test_where_the_whole_window_is_near_nothing_changes(gpt2_folder):
+    """With nothing in front of the window; any map and gate will do."""
+    model, ids = softmax_model(gpt2_folder, "none").double(), random_ids(2, LONG)
+    expected = model(ids).logits
+    assert_close(convert_to_t2r(model, feature_size=6, near_tokens=WINDOW)(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_near_places_bound_the_state(gpt2_folder):
+    model = convert_to_t2r(softmax_model(gpt2_folder, "none"), feature_size=6, near_tokens=3)
+    states = [model(random_ids(1, length)).state for length in (1, 4, WINDOW - 1)]
+    assert len({state.nbytes for state in states}) == 1
+    assert states[0].window["tail.0"].shape == (1, 2, 4, 3, 8)
 
 
 def test_sums_are_not_carried_beside_pooled_layers(gpt2_folder):
