@@ -33,7 +33,9 @@ class RecurState:
             and values, zero beyond a row's `filled`, F the largest of them; with `pool_layers` also
             {"pooled": (B, len(pool_layers), D)}, the sums of its hidden states. Layers with linear attention have
             {"linear.<layer>": (B, H, k, D / H + 1)} instead, S with z beside it, and, if they leave memory,
-            {"tail.<layer>": (B, 2, H, n, D / H)}, the last n keys and values, aligned to the end, zero in front.
+            {"tail.<layer>": (B, 2, H, n, D / H)}, the last n keys and values, aligned to the end, zero in front. With
+            `near_tokens` n is at least that many, memory slots count as places in front, and S and z are without the
+            last `near_tokens` places.
     """
 
     windows: Tensor
