@@ -3,7 +3,7 @@
     python benchmarks/bench_conversion.py
 
 data/gpt2-mini, all layers converted, with each feature map as it is made, fitted without data as conversion does it,
-and fitted on text of the training books. The last line is JSON.
+and fitted on text of the training books; then what each layer alone costs, fitted without data. The last line is JSON.
 """
 
 import argparse
@@ -38,14 +38,19 @@ def main():
     books = list(load_corpus("pg19-sample", "validation", tokenizer).documents())
     score = Score([book[: args.eval_tokens // len(books)] for book in books], tokenizer)
     text = stretches(load_corpus("pg19-sample", "train", tokenizer).documents(), args.window)
-    found = {"softmax": [score(converted(args.window))]}
+    found, alone = {"softmax": [score(converted(args.window))]}, {}
     for name, options in rows().items():
-        found[name] = starts(args.window, options, text, score)
-        print(name, found[name], file=sys.stderr, flush=True)
+        model = converted(args.window, **options)
+        alone[name] = [each / found["softmax"][0] for each in one_by_one(model, score)]
+        found[name] = starts(model, text, score)
+        print(name, found[name], alone[name], file=sys.stderr, flush=True)
     cells = [[name, *(f"{each:.1f}" for each in row), *[""] * (3 - len(row))] for name, row in found.items()]
     print_table(["attention", "as made", "fitted, no data", "fitted on text"], cells)
     settings = {"window": args.window, "eval_tokens": args.eval_tokens}
-    print(json.dumps({"benchmark": "conversion", "settings": settings, "machine": machine("cpu"), "perplexity": found}))
+    layers = [f"layer {layer}" for layer in range(len(model.transformer.h))]
+    print_table(["alone", *layers], [[name, *(f"{each:.3f}" for each in row)] for name, row in alone.items()])
+    result = {"benchmark": "conversion", "settings": settings, "machine": machine("cpu")}
+    print(json.dumps(result | {"perplexity": found, "ratio_of_one_layer": alone}))
 
 
 def rows():
@@ -54,9 +59,21 @@ def rows():
     return alone | {f"{name}, near {NEAR}": alone[name] | {"near_tokens": NEAR} for name in ("t2r", "hedgehog")}
 
 
-def starts(window, options, text, score):
+def one_by_one(model, score):
+    """Perplexity with each layer alone converted."""
+    made = [(block.feature_map, block.far_gate) for block in model.transformer.h]
+    found = []
+    for only in range(len(made)):
+        for layer, block in enumerate(model.transformer.h):
+            block.feature_map, block.far_gate = made[layer] if layer == only else (None, None)
+        found.append(score(model))
+    for block, parts in zip(model.transformer.h, made, strict=True):
+        block.feature_map, block.far_gate = parts
+    return found
+
+
+def starts(model, text, score):
     """Perplexity as made, fitted without data, fitted on text."""
-    model = converted(window, **options)
     fitted = score(model)
     for block in model.transformer.h:
         block.feature_map.reset_parameters()

@@ -47,6 +47,7 @@ LANES = 8
 STEPS = 40
 LINEAR = ("t2r all", "t2r 75%", "hedgehog all", "elu all", "rfa all")
 LINEAR += (f"hedgehog all, near {NEAR}", f"hedgehog 75%, near {NEAR}")
+LINEAR += (f"hedgehog 0 2 3 4 5, near {NEAR}",)  # layer 1 costs more than the others together (bench_conversion.py)
 BEST = f"hedgehog all, near {NEAR}, transfer"
 TRANSFER = 4  # one step of so many is attention transfer, where there is any
 
@@ -70,7 +71,7 @@ def configurations(data, window):
 def linear_flags(name):
     """ "<map> <layers>[, near <w>]" as flags."""
     attention, _, near = name.partition(", near ")
-    feature_map, layers = attention.split()
+    feature_map, layers = attention.split(maxsplit=1)
     flags = f"--attention t2r --t2r-layers {layers} --feature-map {feature_map}"
     return f"{flags} --near-tokens {near} --lr {RATES['near']}" if near else f"{flags} --lr {RATES['linear']}"
 
