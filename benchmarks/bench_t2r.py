@@ -46,9 +46,9 @@ NEAR = 64
 LANES = 8
 STEPS = 40
 LINEAR = ("t2r all", "t2r 75%", "hedgehog all", "elu all", "rfa all")
-LINEAR += (f"hedgehog all, near {NEAR}", f"hedgehog 75%, near {NEAR}")
-LINEAR += (f"hedgehog 0 2 3 4 5, near {NEAR}",)  # layer 1 costs more than the others together (bench_conversion.py)
-BEST = f"hedgehog all, near {NEAR}, transfer"
+LINEAR += tuple(f"{name}, near {NEAR}" for name in ("t2r all", "hedgehog all", "t2r 75%"))
+LINEAR += (f"t2r 0 2 3 4 5, near {NEAR}",)  # layer 1 costs more than the others together (bench_conversion.py)
+BEST = f"t2r all, near {NEAR}, transfer"
 TRANSFER = 4  # one step of so many is attention transfer, where there is any
 
 

@@ -7,6 +7,7 @@ from .feature_maps import FeatureMap
 from .near_attention import FarGate
 from .recurrence import widen
 
+RIDGE = 1e-3  # of a gate's regression, as a part of its inputs' variance
 PROBABILITY_FLOOR = 1e-4  # what a weight of zero counts as
 
 
@@ -64,11 +65,13 @@ def fit_to_softmax(
 
     Args:
         query, key: (B, H, T, d), of which each step takes `batch_size` rows.
-        far_gate: fitted with the map.
+        far_gate: fitted with the map, from what `fit_gate` finds.
 
     Returns:
         The divergence over all rows afterwards.
     """
+    if far_gate is not None:
+        fit_gate(feature_map, far_gate, query, key)
     modules = [feature_map] if far_gate is None else [feature_map, far_gate]
     parameters = [each for module in modules for each in module.parameters() if each.requires_grad]
     if parameters:  # elu has none
@@ -86,6 +89,36 @@ def fit_to_softmax(
         rows = zip(query, key, strict=True)
         each = [softmax_divergence(feature_map, q[None], k[None], far_gate=far_gate) for q, k in rows]
         return float(torch.stack(each).mean())
+
+
+@torch.no_grad()
+def fit_gate(feature_map: FeatureMap, far_gate: FarGate, query: Tensor, key: Tensor) -> None:
+    """Set a gate, in place, to the regression of what far places weigh in softmax on what they weigh through the map.
+
+    The two differ by several nats as a map is made. Left to gradient descent, heads stop looking at far places before
+    the gate gets there, and never look again.
+
+    Args:
+        query, key: (B, H, T, d), as softmax attention takes them; nothing is done where T is not more than is near.
+    """
+    far = _distances(torch.ones(query.shape[2], key.shape[2], device=query.device)) >= far_gate.near_tokens
+    if not far.any():
+        return
+    scaled = widen(query) * feature_map.width**-0.5
+    wanted = (scaled @ widen(key).mT).masked_fill(~far, -torch.inf).logsumexp(dim=-1)
+    phi_query, phi_key = feature_map.features(widen(query), widen(key))
+    given = ((phi_query @ phi_key.mT) * far).sum(dim=-1).clamp_min(feature_map.floor).log()
+    missing, inputs = (
+        each[:, :, far_gate.near_tokens :].transpose(0, 1).flatten(1, 2) for each in (wanted - given, scaled)
+    )
+    mean, offset = inputs.mean(dim=1, keepdim=True), missing.mean(dim=1, keepdim=True)
+    inputs, missing = (inputs - mean).double(), (missing - offset).double()
+    moments = inputs.mT @ inputs
+    size = moments.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+    moments += RIDGE * (size + 1e-12) * torch.eye(inputs.shape[2], dtype=moments.dtype, device=moments.device)
+    weight = torch.linalg.solve(moments, inputs.mT @ missing[..., None])[..., 0].to(mean.dtype)
+    far_gate.weight.copy_(weight)
+    far_gate.bias.copy_(offset[:, 0] - (weight * mean[:, 0]).sum(dim=1))
 
 
 def _distances(visible):
