@@ -8,8 +8,6 @@ from transformers.pytorch_utils import Conv1D
 
 from recur_gpt2.errors import InputError
 from recur_gpt2.feature_maps import FEATURE_MAPS, make_feature_map
-from recur_gpt2.fitting import fit_to_softmax, softmax_divergence
-from recur_gpt2.linear_attention import linear_attention
 
 HEADS, WIDTH, SIZE = 3, 8, 6
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -225,7 +223,7 @@ def test_folding_rounds_once():
         assert torch.equal(actual, expected.float())
 
 
-# ---- making and fitting ----------------------------------------------------------------------------------------------
+# ---- making ----------------------------------------------------------------------------------------------------------
 
 
 @every_map
@@ -260,50 +258,3 @@ def test_a_map_can_be_made_without_memory_and_filled_later(name):
 def test_what_cannot_be_made_is_refused_with_the_way_out(name, size, message):
     with pytest.raises(InputError, match=message):
         make_feature_map(name, HEADS, WIDTH, size)
-
-
-def weights(feature_map, query, key):
-    """The linear attention's weights: what it makes of one-hot values."""
-    identity = torch.eye(query.shape[2], dtype=query.dtype).expand(*query.shape[:2], -1, -1)
-    return linear_attention(*feature_map.features(query, key), identity, floor=feature_map.floor)[0]
-
-
-@every_map
-def test_the_divergence_is_that_of_the_attentions_weights_and_counts_negative_ones(name):
-    feature_map = random_map(name)
-    if name == "rfa":
-        nn.init.constant_(feature_map.sigma, 3.0)
-    query, key = random_inputs(2, HEADS, 7, WIDTH), random_inputs(2, HEADS, 7, WIDTH, seed=1)
-    future = torch.ones(7, 7, dtype=torch.bool).triu(1)
-    wanted = (query @ key.mT * WIDTH**-0.5).masked_fill(future, -torch.inf).softmax(dim=-1)
-    ours = weights(feature_map, query, key)
-    assert bool((ours < 0).any()) == (name == "rfa")
-    log_ratio = wanted.clamp_min(1e-30).log() - (ours.clamp_min(0) + 1e-4).log()
-    expected = ((wanted * log_ratio).sum(dim=-1) - ours.clamp_max(0).sum(dim=-1)).mean()
-    assert_close(softmax_divergence(feature_map, query, key), expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", ["t2r", "rfa", "hedgehog"])
-def test_fitting_brings_a_map_nearer_to_softmax(name):
-    feature_map = make_feature_map(name, HEADS, WIDTH, 16)
-    query, key = (random_inputs(4, HEADS, 24, WIDTH, seed=seed, dtype=torch.float32) for seed in (0, 1))
-    query.requires_grad_()
-    before = softmax_divergence(feature_map, query, key).item()
-    after = fit_to_softmax(feature_map, query, key, steps=60)
-    assert after < 0.95 * before
-    assert after == pytest.approx(softmax_divergence(feature_map, query, key).item(), rel=1e-4)
-    assert query.grad is None
-
-
-def test_a_map_with_nothing_to_learn_is_measured_only():
-    feature_map = make_feature_map("elu", HEADS, WIDTH, SIZE)
-    query, key = (random_inputs(2, HEADS, 9, WIDTH, seed=seed, dtype=torch.float32) for seed in (0, 1))
-    assert fit_to_softmax(feature_map, query, key) == pytest.approx(softmax_divergence(feature_map, query, key).item())
-
-
-def test_features_that_are_all_zero_are_the_worst_fit():
-    feature_map = make_feature_map("t2r", HEADS, WIDTH, SIZE).double()
-    query, key = random_inputs(1, HEADS, 9, WIDTH), random_inputs(1, HEADS, 9, WIDTH, seed=1)
-    alive = softmax_divergence(feature_map, query, key)
-    nn.init.constant_(feature_map.bias, -1e3)
-    assert softmax_divergence(feature_map, query, key) > 2 * alive
