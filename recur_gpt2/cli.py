@@ -232,8 +232,8 @@ def _add_convert_arguments(parser):
 def run_convert(args: argparse.Namespace) -> None:
     """Convert a model and save it."""
     from .conversion import convert_to_t2r
+    from .layers import is_feature_map
     from .loading import load_any, load_tokenizer, save_model
-    from .modeling import is_feature_map
 
     if args.output.exists():
         raise InputError(f"{args.output} exists already; give another --output")

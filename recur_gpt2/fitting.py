@@ -30,6 +30,35 @@ def softmax_divergence(
     Returns:
         (), with gradient for the map and the gate, and through them for q and k; softmax's side is taken as given.
     """
+    wanted, weights = _both_weights(feature_map, far_gate, query, key, visible)
+    log_weights = (weights.clamp_min(0) + PROBABILITY_FLOOR).log()
+    divergence = (torch.xlogy(wanted, wanted) - wanted * log_weights).sum(dim=-1)
+    # Only rfa has negative weights; what they let the others have above 1 in all must cost more than it gains.
+    return (divergence - weights.clamp_max(0).sum(dim=-1)).mean()
+
+
+def output_error(
+    feature_map: FeatureMap,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None = None,
+    *,
+    far_gate: FarGate | None = None,
+) -> Tensor:
+    """How far attention's outputs are from softmax's: squared error relative to their squares, the mean over heads.
+
+    Args:
+        value: (B, H, S, d). The others, and the result, as of `softmax_divergence`.
+    """
+    wanted, weights = _both_weights(feature_map, far_gate, query, key, visible)
+    value = widen(value)
+    error = ((weights - wanted) @ value).square().sum(dim=(0, 2, 3))
+    return (error / (wanted @ value).square().sum(dim=(0, 2, 3))).mean()
+
+
+def _both_weights(feature_map, far_gate, query, key, visible):
+    """Attention weights (B, H, T, S), softmax's and those of the map."""
     query, key = widen(query), widen(key)
     if visible is None:
         visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
@@ -41,14 +70,9 @@ def softmax_divergence(
     products = (query @ key.mT) * visible
     if far_gate is None:
         # The ratio first, then its logarithm: were both floored apart, features that are all zero would fit best.
-        weights = products / products.sum(dim=-1, keepdim=True).clamp_min(feature_map.floor)
-    else:
-        near = _distances(visible) < far_gate.near_tokens
-        weights = _with_near(products * ~near, scores, visible & near, far_gate(scaled), feature_map.floor)
-    log_weights = (weights.clamp_min(0) + PROBABILITY_FLOOR).log()
-    divergence = (torch.xlogy(wanted, wanted) - wanted * log_weights).sum(dim=-1)
-    # Only rfa has negative weights; what they let the others have above 1 in all must cost more than it gains.
-    return (divergence - weights.clamp_max(0).sum(dim=-1)).mean()
+        return wanted, products / products.sum(dim=-1, keepdim=True).clamp_min(feature_map.floor)
+    near = _distances(visible) < far_gate.near_tokens
+    return wanted, _with_near(products * ~near, scores, visible & near, far_gate(scaled), feature_map.floor)
 
 
 def fit_to_softmax(

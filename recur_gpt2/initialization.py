@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -16,11 +17,14 @@ from transformers import AutoConfig, GPT2LMHeadModel, PretrainedConfig
 
 from .errors import InputError
 from .fitting import fit_to_softmax
+from .layers import is_feature_map
 
 if TYPE_CHECKING:
     from .modeling import RecurGPT2Model
 
 FIT_STEPS = 200  # of Adam, for each feature map
+DISTIL_STEPS = 100  # of Adam, for all feature maps together
+DISTIL_RATE = 1e-2  # where these begin
 LONGEST_FIT = 256  # tokens that feature maps are fitted on: the fit is quadratic in them
 SAMPLES = 32  # stretches of tokens that the position shifts are averaged over
 FREQUENCY_CONTEXT = 2  # random tokens before the model is asked how frequent each token is
@@ -98,20 +102,25 @@ def fit_slots(model: RecurGPT2Model) -> None:
 
 @torch.no_grad()
 def fit_feature_maps(model: RecurGPT2Model, tokens: Tensor | None = None) -> None:
-    """Start the feature maps of linear layers where their attention is nearest to softmax, before any training.
+    """Start the feature maps of linear layers where the model is nearest to itself with softmax, before any training.
 
-    Measured on the model itself: tokens are read with softmax attention in all layers, and each map is fitted to the
-    weights that its queries and keys have there. docs/t2r.md compares this with other starts.
+    Measured on the model itself. First each map alone is fitted to the weights that its queries and keys have in
+    softmax attention; then all maps together, and nothing else, learn to predict the next tokens that softmax attention
+    predicts: what later layers make of an error shows there alone. docs/t2r.md compares this with other starts.
 
     Args:
-        tokens: (samples, n) int64 to read; None for likely ones, which needs no data.
+        tokens: (samples, n) int64 to read, n at least a window; None for likely ones, which needs no data.
     """
-    layers = model.config.linear_layers
-    if not layers:
+    if not model.config.linear_layers:
         return
-    if tokens is None:
-        tokens = _likely_tokens(model, (SAMPLES, min(model.config.window, LONGEST_FIT)))
-    reading = _read_plainly(model, tokens, torch.arange(tokens.shape[1]))
+    _fit_one_by_one(model, tokens)
+    _fit_together(model, tokens)
+
+
+def _fit_one_by_one(model, tokens):
+    layers, length = model.config.linear_layers, min(model.config.window, LONGEST_FIT)
+    tokens = _likely_tokens(model, (SAMPLES, length)) if tokens is None else tokens[:, :length]
+    reading = _read_plainly(model, tokens, torch.arange(length))
     with tqdm(total=len(layers), desc="fitting feature maps", unit="layer", leave=False) as bar:
         for block, (_, query, key, _) in zip(model.h, reading, strict=False):
             if block.feature_map is not None:
@@ -120,6 +129,30 @@ def fit_feature_maps(model: RecurGPT2Model, tokens: Tensor | None = None) -> Non
                         block.feature_map, query * block.query_factor, key, far_gate=block.far_gate, steps=FIT_STEPS
                     )
                 bar.update()
+
+
+def _fit_together(model, tokens):
+    """Knowledge distillation (Hinton et al. 2015) from the model with softmax attention in all layers."""
+    learning = [parameter for name, parameter in model.named_parameters() if is_feature_map(name)]
+    if not learning:
+        return
+    window = model.config.window
+    rows = max(1, LONGEST_FIT * 2 // window)
+    tokens = _likely_tokens(model, (rows * DISTIL_STEPS, window)) if tokens is None else tokens[:, :window]
+    starts = torch.ones(rows, 1, dtype=torch.bool)
+    optimizer = torch.optim.Adam(learning, DISTIL_RATE)
+    for step in tqdm(range(DISTIL_STEPS), desc="fitting them together", unit="step", leave=False):
+        read = tokens[(torch.arange(rows) + step * rows) % len(tokens)][:, None].to(model.wte.weight.device)
+        wanted = (model.read_softly(read, starts) @ model.wte.weight.T).log_softmax(dim=-1)
+        with torch.enable_grad():
+            given = (model.read(read, starts)[0] @ model.wte.weight.T).log_softmax(dim=-1)
+            divergence = (wanted.exp() * (wanted - given)).sum(dim=-1).mean()
+            gradients = torch.autograd.grad(divergence, learning)
+        for parameter, gradient in zip(learning, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.param_groups[0]["lr"] = DISTIL_RATE * (1 + math.cos(math.pi * step / DISTIL_STEPS)) / 2
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _fit_keys_and_values(model):

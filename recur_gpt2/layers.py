@@ -17,6 +17,16 @@ FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
 STATE_DECAY = -2.0  # logit of the factor that a new layer's carried (S, z) decays by
 
 
+def is_new(name: str) -> bool:
+    """Whether a parameter of this name is none of GPT-2's."""
+    return any(part in {"recurrence", "feature_map", "far_gate", "state_decay"} for part in name.split("."))
+
+
+def is_feature_map(name: str) -> bool:
+    """Whether a parameter of this name belongs to a feature map, or to the gate of what it weighs."""
+    return not {"feature_map", "far_gate"}.isdisjoint(name.split("."))
+
+
 class RecurGPT2Block(GPT2Block):
     """One layer. B stands for all leading dimensions here (rows, or rows and windows).
 

@@ -11,7 +11,8 @@ from .checkpoints import whole_folder
 from .configuration import OWN_FIELDS, RecurGPT2Config
 from .errors import InputError
 from .initialization import load_config, refusing_damage
-from .modeling import RecurGPT2LMHeadModel, is_new
+from .layers import is_new
+from .modeling import RecurGPT2LMHeadModel
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -19,7 +19,7 @@ from .configuration import OWN_FIELDS, RecurGPT2Config
 from .errors import InputError
 from .feature_maps import FeatureMap
 from .initialization import fit_feature_maps, fit_slots, load_gpt2
-from .layers import RecurGPT2Block
+from .layers import RecurGPT2Block, is_new
 from .losses import IGNORE, summed_loss
 from .near_attention import FarGate
 from .outputs import RecurGPT2LMOutput, RecurGPT2Output
@@ -28,16 +28,6 @@ from .reading import FreshWindows, ResumedWindows
 from .recurrence import LayerMemory, PooledMemory, make_recurrence
 from .state import RecurState
 from .walking import LayerWalk, PooledWalk, Teach
-
-
-def is_new(name: str) -> bool:
-    """Whether a parameter of this name is none of GPT-2's."""
-    return any(part in {"recurrence", "feature_map", "far_gate", "state_decay"} for part in name.split("."))
-
-
-def is_feature_map(name: str) -> bool:
-    """Whether a parameter of this name belongs to a feature map, or to the gate of what it weighs."""
-    return not {"feature_map", "far_gate"}.isdisjoint(name.split("."))
 
 
 class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
@@ -191,8 +181,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         Returns:
             Hidden states (B, W, T, D) after the final layer norm, and the state after the last window.
         """
-        hidden, state = self._read(input_ids, starts, state)
-        return hidden[-1], state
+        return self._read(input_ids, starts, state)
 
     def _read(self, input_ids, starts, state, teach=None):
         rows, windows, length = input_ids.shape
@@ -201,7 +190,12 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         has_memory[:, 0] = state.windows > 0
         tokens = torch.full((rows,), windows * length)
         stretch = FreshWindows(state, has_memory & ~starts, tokens, self.config.window)
-        return self._run(input_ids, stretch, every_layer=False, teach=teach)
+        hidden, state = self._run(input_ids, stretch, every_layer=False, teach=teach)
+        return hidden[-1], state
+
+    def read_softly(self, input_ids: Tensor, starts: Tensor) -> Tensor:
+        """`read`, from no state, with softmax attention in all layers, as before conversion -> hidden states."""
+        return self._read(input_ids, starts, None, lambda *_: None)[0]
 
     def teach(self, input_ids: Tensor, starts: Tensor, state: RecurState | None, teach: Teach) -> RecurState:
         """`read` with softmax attention in all layers, as before conversion -> the state after the last window.

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .modeling import RecurGPT2LMHeadModel, is_new
+from .layers import is_new
+from .modeling import RecurGPT2LMHeadModel
 
 if TYPE_CHECKING:
     from .training import TrainingArguments

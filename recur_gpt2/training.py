@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from .checkpoints import Checkpoint, Checkpoints
 from .errors import InputError
-from .modeling import RecurGPT2LMHeadModel, is_feature_map, is_new
+from .layers import is_feature_map, is_new
+from .modeling import RecurGPT2LMHeadModel
 from .optimization import make_optimizer, set_rates
 from .precision import autocast_dtype
 from .processes import Processes

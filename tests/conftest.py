@@ -118,6 +118,7 @@ def make_model(gpt2_folder):
         torch.manual_seed(0)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("recur_gpt2.initialization.FIT_STEPS", 50)  # how well a map fits matters little here
+            patch.setattr("recur_gpt2.initialization.DISTIL_STEPS", 2)
             model = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, **{"window": WINDOW} | ALL_FORMS[form] | options)
         perturb(model.transformer.recurrence)
         for block in model.transformer.h:

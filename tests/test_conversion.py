@@ -26,6 +26,7 @@ def quick_fits(request, monkeypatch):
     """How well a map fits matters to the tests on the real GPT-2 alone."""
     if "slow" not in request.keywords:
         monkeypatch.setattr("recur_gpt2.initialization.FIT_STEPS", 5)
+        monkeypatch.setattr("recur_gpt2.initialization.DISTIL_STEPS", 2)
 
 
 def is_linear(model):

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from recur_gpt2 import InputError, RecurGPT2Config, RecurGPT2LMHeadModel, RecurGPT2Model
-from recur_gpt2.modeling import is_new
+from recur_gpt2.layers import is_new
 
 MINI = Path(__file__).resolve().parents[1] / "data" / "gpt2-mini"
 # What a GPT-2 checkpoint may say beside its sizes.

@@ -7,7 +7,7 @@ from helpers_training import SmallCorpus, assert_same_weights, repetitive_docume
 from torch.testing import assert_close
 
 from recur_gpt2 import InputError, RecurGPT2LMHeadModel
-from recur_gpt2.modeling import is_feature_map, is_new
+from recur_gpt2.layers import is_feature_map, is_new
 from recur_gpt2.optimization import make_optimizer, set_rates
 from recur_gpt2.training import Trainer, TrainingArguments
 from recur_gpt2.transfer import TransferLoss
