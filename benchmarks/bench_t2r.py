@@ -33,7 +33,7 @@ from recur_gpt2.fresh_runs import Record, finetuned
 
 MODEL = ROOT / "data" / "gpt2-mini"
 # The best of 3e-5, 1e-4, 3e-4 and 1e-3 for each kind of attention, by trials on the validation books at window 256.
-RATES = {"softmax": "3e-5", "near": "1e-4", "linear": "3e-4"}
+RATES = {"softmax": "3e-5", "near": "3e-5", "linear": "3e-4"}
 ADAPTED = "wikitext-103-sample"  # which gpt2-mini, a model of books, is finetuned on before anything is converted
 ADAPTING = "--window 1024 --recurrence none --lanes 8 --bptt 1 --steps 120 --lr 1e-3 --no-control --rows recurrent"
 ACROSS = {  # what crosses the border of windows
@@ -48,7 +48,7 @@ STEPS = 40
 LINEAR = ("t2r all", "t2r 75%", "hedgehog all", "elu all", "rfa all")
 LINEAR += tuple(f"{name}, near {NEAR}" for name in ("t2r all", "hedgehog all", "t2r 75%"))
 LINEAR += (f"t2r 0 2 3 4 5, near {NEAR}",)  # layer 1 costs more than the others together (bench_conversion.py)
-BEST = f"t2r all, near {NEAR}, transfer"
+BEST = f"t2r all, near {NEAR}"
 TRANSFER = 4  # one step of so many is attention transfer, where there is any
 
 

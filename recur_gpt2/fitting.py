@@ -37,26 +37,6 @@ def softmax_divergence(
     return (divergence - weights.clamp_max(0).sum(dim=-1)).mean()
 
 
-def output_error(
-    feature_map: FeatureMap,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None = None,
-    *,
-    far_gate: FarGate | None = None,
-) -> Tensor:
-    """How far attention's outputs are from softmax's: squared error relative to their squares, the mean over heads.
-
-    Args:
-        value: (B, H, S, d). The others, and the result, as of `softmax_divergence`.
-    """
-    wanted, weights = _both_weights(feature_map, far_gate, query, key, visible)
-    value = widen(value)
-    error = ((weights - wanted) @ value).square().sum(dim=(0, 2, 3))
-    return (error / (wanted @ value).square().sum(dim=(0, 2, 3))).mean()
-
-
 def _both_weights(feature_map, far_gate, query, key, visible):
     """Attention weights (B, H, T, S), softmax's and those of the map."""
     query, key = widen(query), widen(key)
