@@ -26,7 +26,7 @@ import torch
 from common import ROOT, machine, print_table
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from recur_gpt2 import RecurGPT2LMHeadModel
+from recur_gpt2 import RecurGPT2Config, RecurGPT2LMHeadModel
 from recur_gpt2.allocator import tune_allocator
 from recur_gpt2.evaluation import resample
 from recur_gpt2.fresh_runs import Record, finetuned
@@ -94,6 +94,7 @@ def main():
     decode = commands.add_parser("decode")
     add = decode.add_argument
     add("--tokens", type=int, default=10_000, help="length of the document (default: 10000)")
+    add("--only", nargs="+", help="attentions (default: all)")
     add("--batches", type=int, nargs="+", default=[1, 32], help="documents read side by side (default: 1 32)")
     add("--window", type=int, default=1024, help="T (default: 1024)")
     add("--json", metavar="FILE", help="write the last line to a file too")
@@ -200,11 +201,12 @@ def interval(row, base):
 def run_decode(args):
     tune_allocator()
     rows = []
-    near = {"linear_layers": "all", "feature_map": "hedgehog", "near_tokens": min(NEAR, args.window)}
+    near = {"linear_layers": "all", "near_tokens": min(NEAR, args.window)}
     attentions = {"softmax": {}, "t2r 75%": {"linear_layers": "75%"}, "t2r all": {"linear_layers": "all"}}
-    for name, options in (attentions | {f"hedgehog all, near {NEAR}": near}).items():
-        model = RecurGPT2LMHeadModel.from_gpt2(str(MODEL), window=args.window, recurrence="none", **options)
-        model.eval().fuse_feature_maps()
+    attentions[f"t2r all, near {NEAR}"] = near
+    for name in args.only or attentions:
+        options = attentions[name]
+        model = untrained(window=args.window, recurrence="none", **options).eval().fuse_feature_maps()
         for batch in args.batches:
             rows.append({"attention": name, "batch": batch} | decode(model, batch, args))
             print(rows[-1], file=sys.stderr, flush=True)
@@ -218,6 +220,14 @@ def run_decode(args):
     if args.json:
         Path(args.json).write_text(line + "\n")
     print(line)
+
+
+def untrained(**options):
+    """data/gpt2-mini's shape; how long a token takes does not depend on the weights."""
+    fields = GPT2Config.from_pretrained(MODEL).to_dict()
+    fields.pop("model_type")
+    torch.manual_seed(0)
+    return RecurGPT2LMHeadModel(RecurGPT2Config(**fields | options)).float()
 
 
 @torch.no_grad()
