@@ -7,8 +7,8 @@
 
 `quality`: data/gpt2-mini with each attention, finetuned by `recur-gpt2 finetune` on the same windows in the same order,
 for the same number of steps; with attention transfer, a quarter of them is the transfer. Each kind of attention has the
-learning rate that was best for it in a trial on the validation books (docs/t2r.md). The ratio is of token perplexity to
-softmax's, with a bootstrap interval over documents. The record lets it be stopped and started again.
+learning rate that was best for it in a trial on the validation books (docs/notes.md). The ratio is of token perplexity
+to softmax's, with a bootstrap interval over documents. The record lets it be stopped and started again.
 `decode`: milliseconds a token behind 100 tokens of a document and behind all of it, in turns. The last line is JSON.
 """
 
@@ -32,7 +32,7 @@ from recur_gpt2.evaluation import resample
 from recur_gpt2.fresh_runs import Record, finetuned
 
 MODEL = ROOT / "data" / "gpt2-mini"
-# The best of 3e-5, 1e-4, 3e-4 and 1e-3 for each kind of attention, by trials on the validation books at window 256.
+# The best of the few tried for each kind of attention on the validation books at window 256; docs/notes.md has them.
 RATES = {"softmax": "3e-5", "near": "3e-5", "linear": "3e-4"}
 ADAPTED = "wikitext-103-sample"  # which gpt2-mini, a model of books, is finetuned on before anything is converted
 ADAPTING = "--window 1024 --recurrence none --lanes 8 --bptt 1 --steps 120 --lr 1e-3 --no-control --rows recurrent"
@@ -50,6 +50,7 @@ LINEAR = ("t2r all", "t2r 75%", "hedgehog all", "elu all", "rfa all")
 LINEAR += tuple(f"{name}, near {NEAR}" for name in ("t2r all", "hedgehog all", "t2r 75%"))
 LINEAR += (f"t2r 0 2 3 4 5, near {NEAR}",)  # layer 1 costs more than the others together (bench_conversion.py)
 BEST = f"t2r all, near {NEAR}"
+DECODED = ("softmax", "t2r 75%", "t2r all", BEST)
 TRANSFER = 4  # one step of so many is attention transfer, where there is any
 
 
@@ -86,7 +87,8 @@ def main():
     add("--record", type=Path, default=Path("docs/t2r.json"), help="what each run found")
     add("--data", nargs="+", default=["pg19-sample", "wikitext-103-sample"])
     add("--windows", type=int, nargs="+", default=[256, 1024])
-    add("--only", nargs="+", help="rows (default: all)")
+    every = list(configurations("pg19-sample", 256))
+    add("--only", nargs="+", choices=every, default=every, help="rows (default: all)")
     add("--steps", type=int, default=STEPS, help=f"of 8,192 tokens, transfer included (default: {STEPS})")
     add("--split", default="test", help="documents to score (default: test)")
     add("--eval-tokens", type=int, default=73728, help="tokens of them (default: 73728)")
@@ -95,7 +97,7 @@ def main():
     decode = commands.add_parser("decode")
     add = decode.add_argument
     add("--tokens", type=int, default=10_000, help="length of the document (default: 10000)")
-    add("--only", nargs="+", help="attentions (default: all)")
+    add("--only", nargs="+", choices=DECODED, default=DECODED, help="attentions (default: all)")
     add("--batches", type=int, nargs="+", default=[1, 32], help="documents read side by side (default: 1 32)")
     add("--window", type=int, default=1024, help="T (default: 1024)")
     add("--json", metavar="FILE", help="write the last line to a file too")
@@ -112,7 +114,7 @@ def run_quality(args):
     for data in args.data:
         for window in args.windows:
             found = record.at(data, str(window))
-            for name in [] if args.table else args.only or configurations(data, window):
+            for name in [] if args.table else filter(args.only.__contains__, configurations(data, window)):
                 make = partial(run_one, args, data, window, name)
                 record.once(found, name, lambda make=make: findings(make()))
             print(table(data, window, found), flush=True)
@@ -203,10 +205,10 @@ def run_decode(args):
     tune_allocator()
     rows = []
     near = {"linear_layers": "all", "near_tokens": min(NEAR, args.window)}
-    attentions = {"softmax": {}, "t2r 75%": {"linear_layers": "75%"}, "t2r all": {"linear_layers": "all"}}
-    attentions[f"t2r all, near {NEAR}"] = near
-    for name in args.only or attentions:
-        options = attentions[name]
+    fields = ({}, {"linear_layers": "75%"}, {"linear_layers": "all"}, near)
+    for name, options in zip(DECODED, fields, strict=True):
+        if name not in args.only:
+            continue
         model = untrained(window=args.window, recurrence="none", **options).eval().fuse_feature_maps()
         for batch in args.batches:
             rows.append({"attention": name, "batch": batch} | decode(model, batch, args))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -141,6 +140,7 @@ def _fit_together(model, tokens):
     tokens = _likely_tokens(model, (rows * DISTIL_STEPS, window)) if tokens is None else tokens[:, :window]
     starts = torch.ones(rows, 1, dtype=torch.bool)
     optimizer = torch.optim.Adam(learning, DISTIL_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, DISTIL_STEPS)
     for step in tqdm(range(DISTIL_STEPS), desc="fitting them together", unit="step", leave=False):
         read = tokens[(torch.arange(rows) + step * rows) % len(tokens)][:, None].to(model.wte.weight.device)
         wanted = (model.read_softly(read, starts) @ model.wte.weight.T).log_softmax(dim=-1)
@@ -150,9 +150,8 @@ def _fit_together(model, tokens):
             gradients = torch.autograd.grad(divergence, learning)
         for parameter, gradient in zip(learning, gradients, strict=True):
             parameter.grad = gradient
-        optimizer.param_groups[0]["lr"] = DISTIL_RATE * (1 + math.cos(math.pi * step / DISTIL_STEPS)) / 2
         optimizer.step()
-        optimizer.zero_grad()
+        schedule.step()
 
 
 def _fit_keys_and_values(model):

@@ -79,9 +79,11 @@ class NearWindows:
 
     def sums(self) -> Tensor:
         """(B, W, H, k, d + 1), sums of all but the last w places of unfinished windows."""
-        key, value = self._near_places()
-        left = torch.tensor(self.stretch.read_now)[:, None, None] > torch.arange(key.shape[3])
-        return self._absorbed(key, value, self.mask & left.expand(*key.shape[:2], -1).flatten(0, 1), self.start)
+        length = self.places.shape[4] - self.kept  # T, and so the most that can leave
+        key, value = (each[:, :, :, :length] for each in self._near_places())
+        left = torch.tensor(self.stretch.read_now)[:, None, None] > torch.arange(length)
+        mask = self.mask[:, :length] & left.expand(*key.shape[:2], -1).flatten(0, 1)
+        return self._absorbed(key, value, mask, self.start)
 
     def sums_of_all(self) -> Tensor:
         """(B, W, H, k, d + 1), sums of all places."""
