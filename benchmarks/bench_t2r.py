@@ -50,6 +50,7 @@ LINEAR = ("t2r all", "t2r 75%", "hedgehog all", "elu all", "rfa all")
 LINEAR += tuple(f"{name}, near {NEAR}" for name in ("t2r all", "hedgehog all", "t2r 75%"))
 LINEAR += (f"t2r 0 2 3 4 5, near {NEAR}",)  # layer 1 costs more than the others together (bench_conversion.py)
 BEST = f"t2r all, near {NEAR}"
+TRANSFERRED = ("t2r all", "t2r 75%", "hedgehog all", "rfa all", BEST)  # elu has nothing to learn
 DECODED = ("softmax", "t2r 75%", "t2r all", BEST)
 TRANSFER = 4  # one step of so many is attention transfer, where there is any
 
@@ -60,7 +61,7 @@ def configurations(data, window):
     for name in LINEAR:
         flags = f"--recurrence none {linear_flags(name)}"
         rows[name] = flags
-        if not name.startswith("elu"):  # which has nothing to learn
+        if name in TRANSFERRED:
             rows[f"{name}, transfer"] = f"{flags} --transfer-steps"
     rows["t2r all, random weights"] = f"{rows['t2r all']} --model"
     if (data, window) == ("pg19-sample", 256):
