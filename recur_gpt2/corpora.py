@@ -10,14 +10,13 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, NamedSplit, Value, config, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError
@@ -32,6 +31,7 @@ from .text_files import (
     hash_file,
     read_documents,
 )
+from .tokenization import Encoder, plain
 
 BUNDLED = ("pg19-sample", "wikitext-103-sample")
 # deepmind/pg19 is a loading script, which datasets>=4 refuses; emozilla/pg19 has its rows as parquet.
@@ -40,10 +40,6 @@ HELP = f"bundled are {' and '.join(BUNDLED)}, and a path to your own .txt, .parq
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 ARTICLE_HEADING = re.compile(r"^ = ([^=].*?[^=]|[^=]) = $")
 BATCH = 4  # documents that are read and written at a time
-PIECE = 2**14  # characters that are tokenised at once, which takes up to 140 times the bytes of their text
-PIECES = 8  # such pieces at a time, side by side on as many processors
-# Where a text may be cut without changing an id: before a space or a line's end that a word or a mark is followed by.
-CUT = re.compile(r"(?<=\S)(?=[ \n])")
 SHUFFLE_BUFFER = 512  # streamed documents that are shuffled among each other: of PG-19's books about 200 MB
 LONGEST_TOKEN = 1000  # characters, and generous: GPT-2's longest token has 128
 CACHE_FORMAT = 1  # a part of every fingerprint; change it with what the cache holds
@@ -92,7 +88,7 @@ class StreamedCorpus(Corpus):
 
     def __init__(self, rows: IterableDataset, tokenizer: PreTrainedTokenizerBase, fingerprint: str):
         self.fingerprint = fingerprint
-        self._encode = _Encoder(tokenizer)
+        self._encode = Encoder(tokenizer)
         self._warned = False
         self._rows = rows.select_columns(["text"]).filter(self._can_be_scored, input_columns=["text"])
 
@@ -143,60 +139,9 @@ def load_corpus(
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def _plain(tokenizer):
-    """A copy of the tokenizer that neither truncates nor pads, whatever an earlier call of it has left set.
-
-    The backend itself: twice as fast on books, and without the warning that a text is longer than GPT-2's positions.
-    """
-    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    plain.no_truncation()
-    plain.no_padding()
-    return plain
-
-
-class _Encoder:
-    """Texts -> ids, in little memory: piece by piece where that gives the ids of the whole text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._plain = _plain(tokenizer)
-        self._in_pieces = _splits_words_as_gpt2(self._plain)
-
-    def __call__(self, text: str) -> np.ndarray:
-        """-> (n,) int32, without special tokens."""
-        pieces = _pieces(text) if self._in_pieces else iter([text])
-        ids = [np.empty(0, np.int32)]
-        while some := list(islice(pieces, PIECES)):
-            encodings = self._plain.encode_batch_fast(some, add_special_tokens=False)
-            ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
-        return np.concatenate(ids)
-
-
-def _pieces(text):
-    """The text cut at the first CUT behind every PIECE characters."""
-    start = 0
-    while start < len(text):
-        cut = CUT.search(text, start + PIECE)
-        end = cut.start() if cut else len(text)
-        yield text[start:end]
-        start = end
-
-
-def _splits_words_as_gpt2(plain):
-    """Whether the tokenizer never looks across a CUT.
-
-    GPT-2 first splits a text by an expression in which white space begins a new word and nothing looks backwards.
-    """
-    parts = json.loads(plain.to_str())
-    splitter = parts["pre_tokenizer"] or {}
-    by_words = splitter.get("type") == "ByteLevel" and splitter["use_regex"] and not splitter["add_prefix_space"]
-    added = parts["added_tokens"]
-    apart = not any(token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"]) for token in added)
-    return by_words and apart and parts["normalizer"] is None
-
-
 def _fingerprint(tokenizer, *parts):
     """32 hex digits that are the same in every process, as hashes of pickled objects are not."""
-    content = json.dumps([CACHE_FORMAT, _plain(tokenizer).to_str(), *parts])
+    content = json.dumps([CACHE_FORMAT, plain(tokenizer).to_str(), *parts])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -222,7 +167,7 @@ def _local_corpus(path, split, tokenizer, cache_dir):
         cached.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as scratch:
             texts = _read(files, split, scratch)
-            _tokenise(texts if has_splits else _part(texts, split), _Encoder(tokenizer), cached)
+            _tokenise(texts if has_splits else _part(texts, split), Encoder(tokenizer), cached)
     return TokenisedCorpus(Dataset.from_file(str(cached)), fingerprint)
 
 

@@ -136,6 +136,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         state: RecurState | None = None,
         output_hidden_states: bool = False,
         parallel_windows: int = 1,
+        layer: int | None = None,
     ) -> RecurGPT2Output:
         """Read any number of tokens.
 
@@ -146,25 +147,26 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             output_hidden_states: return every layer's hidden states too.
             parallel_windows: P, windows of a row to compute at once. More is faster and takes more memory; the
                 results are the same.
+            layer: l, to return the output of the first l layers, as transformers' hidden_states[l]; what lies above
+                and moves nothing below is not computed. A state goes on only with the `layer` that left it.
 
         Raises:
-            InputError: the state is of another batch size, or there are no tokens.
+            InputError: the state is of another batch size or `layer`, or there are no tokens.
         """
         if input_ids.ndim != 2 or not input_ids.numel():
             raise InputError(f"input_ids of shape {tuple(input_ids.shape)} hold no tokens; give (batch, tokens)")
         packing = Packing(input_ids, attention_mask)
         if not bool(packing.lengths.any()):
             raise InputError("attention_mask is 0 everywhere; give at least one token")
-        state = self._checked_state(state, len(input_ids))
+        depth = self._checked_depth(layer)
+        state = self._checked_state(state, len(input_ids), depth)
         pieces = []
         done = torch.zeros(len(input_ids), dtype=torch.int64)
         while bool((done < packing.lengths).any()):
             rows, stretch, ids, tokens = self._next_stretch(packing, state, done, parallel_windows)
-            hidden, read = self._run(ids, stretch)
+            hidden, read = self._run(ids, stretch, every_layer=output_hidden_states, depth=depth)
             state = read if len(rows) == len(done) else state.merge(rows, read)
-            pieces.append(
-                (rows, done[rows], tokens, [h.flatten(1, 2) for h in self._kept(hidden, output_hidden_states)])
-            )
+            pieces.append((rows, done[rows], tokens, [h.flatten(1, 2) for h in hidden]))
             done = done.index_add(0, rows, tokens)
         layers = packing.unpack(pieces)
         return RecurGPT2Output(layers[-1], state, tuple(layers) if output_hidden_states else None)
@@ -185,12 +187,12 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
 
     def _read(self, input_ids, starts, state, teach=None):
         rows, windows, length = input_ids.shape
-        state = self._checked_state(state, rows)
+        state = self._checked_state(state, rows, self.config.n_layer)
         has_memory = torch.ones(rows, windows, dtype=torch.bool)
         has_memory[:, 0] = state.windows > 0
         tokens = torch.full((rows,), windows * length)
         stretch = FreshWindows(state, has_memory & ~starts, tokens, self.config.window)
-        hidden, state = self._run(input_ids, stretch, every_layer=False, teach=teach)
+        hidden, state = self._run(input_ids, stretch, teach=teach)
         return hidden[-1], state
 
     def read_softly(self, input_ids: Tensor, starts: Tensor) -> Tensor:
@@ -206,15 +208,22 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         """
         return self._read(input_ids, starts, state, teach)[1]
 
-    def _checked_state(self, state, rows):
+    def _checked_depth(self, layer):
+        layers = self.config.n_layer
+        if layer is None or 0 <= layer <= layers:
+            return layers if layer is None else layer
+        raise InputError(f"layer={layer} does not exist; give 0, the embeddings, to {layers}, the last layer")
+
+    def _checked_state(self, state, rows, depth):
         if state is None:
             return RecurState.empty(rows)
         if state.batch_size != rows:
             raise InputError(f"the state holds {state.batch_size} rows and input_ids {rows}; give one row for each")
+        layers = set(map(str, range(depth)))
+        needed = {*(layers & set(self.recurrence) if state.memory else ()), *(layers if state.window else ())}
+        if needed - {key.split(".")[-1] for key in state.memory | state.window}:
+            raise InputError(f"the state was left by fewer layers than the {depth} to read; give the same `layer`")
         return state
-
-    def _kept(self, hidden, all_layers):
-        return hidden if all_layers else hidden[-1:]
 
     def _next_stretch(self, packing, state, done, parallel_windows):
         """What to read next: first fill windows that are not full, then whole windows, then tails."""
@@ -236,14 +245,17 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         ids = packing.take(rows, done[rows], int(tokens.max()) if windows == 1 else windows * window)
         return rows, FreshWindows(picked, has_memory, tokens, window), ids.view(len(rows), windows, -1), tokens
 
-    def _run(self, input_ids, stretch, *, every_layer=True, teach=None):
-        """(B, W, T) tokens -> list of hidden states (B, W, T, D), L + 1 of them or the last ones; next state."""
+    def _run(self, input_ids, stretch, *, every_layer=False, teach=None, depth=None):
+        """(B, W, T) tokens -> list of hidden states (B, W, T, D) of the first `depth` layers, or the last; state."""
+        depth = self.config.n_layer if depth is None else depth
         positions = stretch.positions(input_ids.shape[2], self.config.position_offset).to(input_ids.device)
         embedded = self.drop(self.wte(input_ids) + self.wpe(positions))
         form = PooledWalk if self.config.pool_layers else LayerWalk
-        walk = form(self, stretch, every_layer=every_layer, teach=teach)
-        hidden = [*([embedded] if every_layer else []), *walk.run(embedded)]
-        hidden[-1] = self.ln_f(hidden[-1])
+        walk = form(self, stretch, depth=depth, every_layer=every_layer, teach=teach)
+        hidden = [embedded, *walk.run(embedded)]
+        hidden = hidden if every_layer else hidden[-1:]
+        if depth == self.config.n_layer:
+            hidden[-1] = self.ln_f(hidden[-1])
         return hidden, stretch.next_state(walk.memory, walk.window)
 
 

@@ -31,14 +31,24 @@ class LayerWalk:
         memory, window: what the stretch leaves, in RecurState's terms; complete after `run`.
     """
 
-    def __init__(self, model: RecurGPT2Model, stretch: FreshWindows, *, every_layer: bool, teach: Teach | None = None):
+    def __init__(
+        self,
+        model: RecurGPT2Model,
+        stretch: FreshWindows,
+        *,
+        depth: int,
+        every_layer: bool,
+        teach: Teach | None = None,
+    ):
         """
         Args:
+            depth: layers to read.
             every_layer: keep the output of each layer, not of the last one alone.
             teach: read with softmax attention in all layers, and show this function what those attend to whose own
                 attention is linear.
         """
-        self.model, self.stretch, self.every_layer, self.teach = model, stretch, every_layer, teach
+        self.model, self.stretch, self.teach = model, stretch, teach
+        self.depth, self.every_layer = depth, every_layer
         self.has_memory = stretch.reads()
         self.memory: dict[str, Tensor] = {}
         self.window: dict[str, Tensor] = {}
@@ -46,7 +56,7 @@ class LayerWalk:
     def run(self, hidden: Tensor) -> list[Tensor]:
         """(B, W, T, D) embeddings -> the output of each layer, or of the last one."""
         outputs = []
-        for layer in range(len(self.model.h)):
+        for layer in range(self.depth):
             hidden = self._layer(layer, hidden)
             outputs = self._kept(outputs, hidden)
         return outputs
@@ -157,8 +167,10 @@ class PooledWalk(LayerWalk):
     above it, and everywhere if all poolings lie below all insertions, they pass the layers together.
     """
 
-    def __init__(self, model: RecurGPT2Model, stretch: FreshWindows, **options):
-        super().__init__(model, stretch, **options)
+    def __init__(self, model: RecurGPT2Model, stretch: FreshWindows, *, depth: int, every_layer: bool, **options):
+        # Memory is pooled above what is asked for: read on, and keep what was asked for.
+        further = max(model.config.pool_layers) >= depth
+        super().__init__(model, stretch, depth=depth, every_layer=every_layer or further, **options)
         self.recurrence = model.recurrence["pooled"]
         self.sums: dict[int, list[Tensor]] = {layer: [] for layer in model.config.pool_layers}
         self.cache: dict[str, list[tuple[Tensor, ...]]] = {}
@@ -173,9 +185,9 @@ class PooledWalk(LayerWalk):
             outputs += self._band(range(first, top), below)
         memory = self._shifted(self._means())
         rest = outputs[-1] if outputs else hidden
-        outputs += self._span(range(top, config.n_layer), rest, everything, memory)
+        outputs += self._span(range(top, self.depth), rest, everything, memory)
         self._keep()
-        return outputs
+        return outputs[: self.depth]
 
     def _band(self, layers, hidden):
         each = []

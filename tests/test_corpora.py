@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from recur_gpt2 import accounting, corpora
+from recur_gpt2 import corpora
 from recur_gpt2.corpora import BUNDLED, StreamedCorpus, load_corpus, wikitext_articles
 from recur_gpt2.errors import InputError
 
@@ -137,68 +136,6 @@ def test_long_documents_are_no_reason_to_warn(tokenizer, tmp_path, caplog):
         corpus = load_corpus(tmp_path, "train", tokenizer, cache_dir=tmp_path)
     assert len(next(corpus.documents())) > tokenizer.model_max_length
     assert not caplog.records
-
-
-# ---- tokenising piece by piece ---------------------------------------------------------------------------------------
-
-# What GPT-2's splitting of words has rules for: white space of all kinds, contractions, digits, marks, other scripts.
-FRAGMENTS = ["word", "I'll", "'s", "'", "12", "3.5", "...", "!", "é", "语言", "🙂", "<|endoftext|>", "_", "\u0301"]
-SPACES = [" ", "  ", "\n", "\n\n", " \n ", "\r\n", "\t", "\u00a0", "\u2003", "\x1c", "\x85", "\u200b", ""]
-anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=3)
-texts = st.lists(st.sampled_from(FRAGMENTS) | st.sampled_from(SPACES) | anything, max_size=40).map("".join)
-
-
-@pytest.fixture(scope="module")
-def encode(tokenizer):
-    return corpora._Encoder(tokenizer)
-
-
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=texts)
-def test_pieces_have_the_ids_of_the_whole(text, encode, tokenizer, monkeypatch):
-    monkeypatch.setattr(corpora, "PIECE", 3)
-    monkeypatch.setattr(corpora, "PIECES", 2)
-    assert encode._in_pieces
-    assert encode(text).tolist() == tokenizer(text)["input_ids"]
-
-
-def test_a_book_is_encoded_in_pieces(encode, tokenizer):
-    text = pq.read_table(ROOT / "data" / "pg19-sample" / "validation.parquet")["text"][0].as_py()
-    pieces = list(corpora._pieces(text))
-    assert "".join(pieces) == text
-    assert max(map(len, pieces)) < corpora.PIECE + 100
-    assert encode(text).tolist() == tokenizer(text)["input_ids"]
-
-
-@pytest.mark.parametrize("change", ["prefix", "normalizer", "splitter", "token with a space", "token that strips"])
-def test_a_tokenizer_that_might_look_across_a_cut_gets_whole_texts(change, tokenizer, monkeypatch):
-    other = AutoTokenizer.from_pretrained(ROOT / "data" / "gpt2-mini")
-    backend = other.backend_tokenizer
-    if change == "prefix":
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    elif change == "normalizer":
-        backend.normalizer = normalizers.Replace(" \n", "!")
-    elif change == "splitter":
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    else:
-        strips = change == "token that strips"
-        content = "at last" if change == "token with a space" else "at"
-        backend.add_tokens([AddedToken(content, rstrip=strips)])
-    monkeypatch.setattr(corpora, "PIECE", 3)
-    encode = corpora._Encoder(other)
-    assert not encode._in_pieces
-    text = "It rained \n at last , at  \n noon"
-    assert encode(text).tolist() == other(text)["input_ids"]
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is measured on Linux")
-def test_tokenising_takes_little_memory(encode):
-    """A text of 2 MB: its ids, 2 MB too, and a few pieces at a time; at once it took 270 MB."""
-    text = "\n".join(BOOKS) * 200
-    before = accounting._reset_peak()
-    ids = encode(text)
-    assert ids.dtype == np.int32
-    assert accounting.peak_resident() - before < 30 * len(text)
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------

@@ -298,3 +298,48 @@ def test_models_are_made_ready_for_use(gpt2_folder, tmp_path):
     assert not model.training
     assert model.config.architectures == ["RecurGPT2LMHeadModel"]
     assert RecurGPT2Model.from_gpt2(gpt2_folder, window=WINDOW, last_slots=3).config.architectures == ["RecurGPT2Model"]
+
+
+# ---- the output of a lower layer -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+@pytest.mark.parametrize("form", ALL_FORMS)
+@torch.no_grad()
+def test_a_layer_is_that_hidden_state_in_pieces_too(form, parallel, make_model):
+    core, ids = make_model(form).transformer, random_ids(2, 3 * WINDOW + 5)
+    expected = core(ids, output_hidden_states=True).hidden_states
+    for layer in range(core.config.n_layer + 1):
+        state, found = None, []
+        for piece in ids.split([2 * WINDOW + 3, WINDOW + 2], dim=1):
+            out = core(piece, state=state, layer=layer, parallel_windows=parallel)
+            state, found = out.state, [*found, out.last_hidden_state]
+        assert_close(torch.cat(found, dim=1), expected[layer])
+
+
+@torch.no_grad()
+def test_layers_above_are_not_computed(make_model):
+    core, read = make_model("default").transformer, []
+    hooks = [block.mlp.register_forward_hook(lambda *_, n=n: read.append(n)) for n, block in enumerate(core.h)]
+    core(random_ids(1, WINDOW), layer=2)
+    for hook in hooks:
+        hook.remove()
+    assert read == [0, 1]
+
+
+@pytest.mark.parametrize("form", ["default", "t2r, default", "near, default", "none"])
+@pytest.mark.parametrize("tokens", [WINDOW, WINDOW + 3, 3])
+@torch.no_grad()
+def test_a_state_of_fewer_layers_is_refused(form, tokens, make_model):
+    core = make_model(form).transformer
+    state = core(random_ids(2, tokens), layer=2).state
+    assert core(random_ids(2, 2), state=state, layer=1) is not None
+    if state.memory or state.window:
+        with pytest.raises(InputError, match="fewer layers than the 4"):
+            core(random_ids(2, 2), state=state)
+
+
+@pytest.mark.parametrize("layer", [-1, 5])
+def test_a_layer_that_does_not_exist_is_refused(layer, make_model):
+    with pytest.raises(InputError, match=f"layer={layer} .*give 0, .* to 4"):
+        make_model("default").transformer(random_ids(1, 2), layer=layer)
