@@ -2,11 +2,13 @@
 
 from .configuration import RecurGPT2Config
 from .conversion import convert_to_t2r
+from .embedding import DocumentEmbedder
 from .errors import InputError
 from .modeling import RecurGPT2LMHeadModel, RecurGPT2Model
 from .state import RecurState
 
 __all__ = [
+    "DocumentEmbedder",
     "InputError",
     "RecurGPT2Config",
     "RecurGPT2LMHeadModel",

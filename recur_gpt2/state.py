@@ -6,7 +6,7 @@ ever changed in place, so a state can be kept, branched from and compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -86,6 +86,14 @@ class RecurState:
         )
         return RecurState(windows, filled, memory, window)._trimmed()
 
+    @classmethod
+    def join(cls, states: Sequence[RecurState]) -> RecurState:
+        """The rows of all these states, in this order."""
+        windows, filled = (torch.cat([getattr(state, name) for state in states]) for name in ("windows", "filled"))
+        sizes = [state.batch_size for state in states]
+        memory = _join_groups([state.memory for state in states], sizes)
+        return cls(windows, filled, memory, _join_groups([state.window for state in states], sizes))
+
     def save(self, path: str | Path) -> None:
         """Write the state as one safetensors file."""
         tensors = {name: tensor.detach().contiguous() for name, tensor in self._tensors().items()}
@@ -145,8 +153,25 @@ def _replace_rows(old: Tensor | None, rows: Tensor, new: Tensor | None, batch_si
     return merged if new is None else _set_rows(merged, rows, new)
 
 
+def _join_groups(groups: list[dict[str, Tensor]], sizes: list[int]) -> dict[str, Tensor]:
+    keys = dict.fromkeys(key for group in groups for key in group)
+    return {key: _join([group.get(key) for group in groups], sizes) for key in keys}
+
+
+def _join(tensors: list[Tensor | None], sizes: list[int]) -> Tensor:
+    """One behind the other; the sizes may differ in unfinished windows, and None stands for zeros."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    shape = list(map(max, zip(*(tensor.shape[1:] for tensor in given), strict=True)))
+    parts = zip(tensors, sizes, strict=True)
+    return torch.cat([given[0].new_zeros(n, *shape) if each is None else _grown(each, shape) for each, n in parts])
+
+
+def _grown(values, shape):
+    """(B, ...) -> (B, *shape), zero behind what was there."""
+    sizes = zip(reversed(values.shape[1:]), reversed(shape), strict=True)
+    return torch.nn.functional.pad(values, [side for size, wanted in sizes for side in (0, wanted - size)])
+
+
 def _set_rows(merged, rows, values):
-    sizes = zip(reversed(values.shape[1:]), reversed(merged.shape[1:]), strict=True)
-    padding = [side for size, wanted in sizes for side in (0, wanted - size)]
-    values = torch.nn.functional.pad(values, padding)
+    values = _grown(values, merged.shape[1:])
     return merged.index_copy(0, rows.to(merged.device), values.to(merged.dtype))

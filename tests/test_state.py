@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import ALL_FORMS, WINDOW, random_ids
+from conftest import ALL_FORMS, WINDOW, assert_same_state, random_ids
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -233,3 +233,18 @@ def test_a_state_of_another_batch_size_is_refused(model):
     state = ragged(model, [WINDOW + 5, 3])
     with pytest.raises(InputError, match="the state holds 2 rows and input_ids 3"):
         model(random_ids(3, 4), state=state)
+
+
+# ---- joining ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [[5], [5, 0, 20], [3, 8, 13], [0, 0], [16, 24]])
+@pytest.mark.parametrize("form", ["default", "yoshida2020", "near, default", "carried, default"])
+@torch.no_grad()
+def test_joined_states_go_on_as_each_alone(form, lengths, make_model):
+    model, more = make_model(form), random_ids(2 * len(lengths), 11, seed=1)
+    states = [model(random_ids(2, n, seed=n)).state if n else RecurState.empty(2) for n in lengths]
+    joined = model(more, state=RecurState.join(states))
+    alone = [model(part, state=state) for part, state in zip(more.split(2), states, strict=True)]
+    assert_close(joined.logits, torch.cat([out.logits for out in alone]))
+    assert_same_state(joined.state, RecurState.join([out.state for out in alone]))
