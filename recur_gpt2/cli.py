@@ -1,4 +1,4 @@
-"""The command line: `recur-gpt2 finetune | evaluate | convert`, and the arguments that run_pg19.py shares with it.
+"""The command line, `recur-gpt2 finetune | evaluate | convert | embed | search`; run_pg19.py shares its arguments.
 
 Parses, calls, prints. Bad input ends in one sentence and exit status 2, Ctrl-C in status 130. Where several processes
 were started, the main one prints.
@@ -18,6 +18,7 @@ from .errors import InputError
 ATTENTION_DEFAULTS = {"feature_map": "t2r", "feature_size": 32, "near_tokens": 0, "carry_linear_state": False}
 T2R_DEFAULTS = {"t2r_layers": ["all"]} | ATTENTION_DEFAULTS
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "data" / "gpt2-mini"
+BUNDLED_RECURRENT = BUNDLED_MODEL.parent / "recur-gpt2-mini"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     convert = commands.add_parser("convert", help="give layers of a model linear attention (T2R)")
     _add_convert_arguments(convert)
     convert.set_defaults(run=run_convert)
+    embed = commands.add_parser("embed", help="write a vector for each document to a Parquet file")
+    _add_embed_arguments(embed)
+    embed.set_defaults(run=run_embed)
+    search = commands.add_parser("search", help="find the documents that are nearest to a text")
+    _add_search_arguments(search)
+    search.set_defaults(run=run_search)
     args = parser.parse_args(argv)
     return guarded(lambda: args.run(args))
 
@@ -245,6 +252,78 @@ def run_convert(args: argparse.Namespace) -> None:
     print(f"layers {model.config.linear_layers} have linear attention now; finetune it:")
     transfer = " --transfer-steps 60" if any(is_feature_map(name) for name, _ in model.named_parameters()) else ""
     print(f"recur-gpt2 finetune --model {args.output} --window {model.config.window}{transfer}")
+
+
+def _add_embed_arguments(parser):
+    from .embedding import BATCH_TOKENS, LAYER, POOLING
+    from .pooling import POOLINGS
+
+    add = parser.add_argument
+    add("inputs", nargs="+", help="folders, globs, .txt, .jsonl or .parquet files, or Hugging Face datasets")
+    add("-o", "--output", type=Path, required=True, help="Parquet file to write; goes on where a run was stopped")
+    add("--model", default=str(BUNDLED_RECURRENT), help="our model or a GPT-2: folder or hub id")
+    add("--window", type=int, help="T; default: the model's own, or 256 for a GPT-2")
+    add("--pooling", default=POOLING, choices=POOLINGS, help=f"tokens' vectors to the document's (default: {POOLING})")
+    add("--layer", type=int, default=LAYER, help=f"whose output is pooled; -1 is the last (default: {LAYER})")
+    add("--normalize", action="store_true", help="scale vectors to unit length")
+    add("--dtype", default="float32", choices=["float32", "float16"], help="of the numbers written (default: float32)")
+    add("--precision", default="float32", choices=["float32", "bfloat16"], help="to compute in (default: float32)")
+    add("--batch-tokens", type=int, default=BATCH_TOKENS, help=f"tokens read at once (default: {BATCH_TOKENS})")
+    add("--shard", type=_shard, default=(1, 1), metavar="I/N", help="the I-th of N shares of the documents, 1/N to N/N")
+    add("--split", default="train", help="of datasets (default: train)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one")
+
+
+def _shard(text):
+    try:
+        index, shards = map(int, text.split("/"))
+    except ValueError:
+        index, shards = 0, 0
+    if not 1 <= index <= shards:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; give 1/4 for the first of four, 4/4 for the last")
+    return index, shards
+
+
+def run_embed(args: argparse.Namespace) -> None:
+    """Embed documents into a Parquet file."""
+    from .embedding import DocumentEmbedder
+    from .embedding_files import embed_texts
+    from .sources import find_sources
+
+    sources = find_sources(args.inputs, args.split)
+    device = None if args.device == "auto" else args.device
+    embedder = DocumentEmbedder.from_pretrained(args.model, args.window, device, args.precision)
+    settings = {key: getattr(args, key) for key in ("model", "pooling", "layer", "normalize", "precision")}
+    embedded, total = embed_texts(
+        embedder,
+        sources,
+        args.output,
+        settings=settings,
+        batch_tokens=args.batch_tokens,
+        dtype=args.dtype,
+        shard=args.shard,
+    )
+    print(f"{embedded} documents embedded, {total} in {args.output}; to look at them:")
+    print(f"recur-gpt2 search {args.output} --query-file some.txt")
+
+
+def _add_search_arguments(parser):
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, help="what recur-gpt2 embed wrote")
+    add("--query-file", type=Path, required=True, help="the text to look for, a whole document")
+    add("-k", type=int, default=10, help="documents to show (default: 10)")
+    add("--model", help="default: the one that the vectors were made with, where it was then")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one")
+
+
+def run_search(args: argparse.Namespace) -> None:
+    """Print the documents that are nearest to a text."""
+    from .search import nearest
+
+    found = nearest(args.files, args.query_file, args.k, args.model, None if args.device == "auto" else args.device)
+    print(f"{'rank':>4}  {'cosine':>7}  {'characters':>10}  id")
+    for rank, row in enumerate(found, start=1):
+        print(f"{rank:>4}  {row.cosine:>7.4f}  {row.characters:>10,}  {row.id}")
 
 
 if __name__ == "__main__":

@@ -128,10 +128,10 @@ def load_corpus(
         raise InputError(f"split={split!r} is not a split; use {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
     name, path = str(data), Path(data)
     if name in BUNDLED:
-        return _local_corpus(_bundled(name), split, tokenizer, cache_dir)
+        return _local_corpus(bundled(name), split, tokenizer, cache_dir)
     if name not in HUB and path.exists():
         return _local_corpus(path, split, tokenizer, cache_dir)
-    if name in HUB or (HUB_ID.fullmatch(name) and path.suffix.lower() not in READERS):
+    if is_hub_name(name):
         return _hub_corpus(name, split, tokenizer)
     raise InputError(f"{name!r} is neither a file or folder here nor a known dataset; {HELP}")
 
@@ -148,7 +148,8 @@ def _fingerprint(tokenizer, *parts):
 # ---- bundled and local -----------------------------------------------------------------------------------------------
 
 
-def _bundled(name):
+def bundled(name: str) -> Path:
+    """The folder of texts that come with the repository."""
     folder = Path(__file__).resolve().parents[1] / "data" / name
     if not folder.is_dir():
         raise InputError(
@@ -226,6 +227,22 @@ def _tokenise(texts, encoder, output):
 
 
 def _hub_corpus(name, split, tokenizer):
+    return StreamedCorpus(
+        hub_rows(name, split), tokenizer, _fingerprint(tokenizer, *HUB.get(name, (name, None)), split)
+    )
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this is the name of a dataset on the hub, and not of a file that is missing."""
+    return name in HUB or (HUB_ID.fullmatch(name) is not None and Path(name).suffix.lower() not in READERS)
+
+
+def hub_rows(name: str, split: str) -> IterableDataset:
+    """Rows with a text, streamed.
+
+    Raises:
+        InputError: the hub cannot be reached, or has no such dataset.
+    """
     repository, configuration = HUB.get(name, (name, None))
     try:
         rows = load_dataset(repository, configuration, split=split, streaming=True)
@@ -237,7 +254,7 @@ def _hub_corpus(name, split, tokenizer):
     check_columns(columns, f"the dataset {repository} on the Hugging Face Hub")
     if name == "wikitext-103":
         rows = IterableDataset.from_generator(_article_rows, gen_kwargs={"lines": rows})
-    return StreamedCorpus(rows, tokenizer, _fingerprint(tokenizer, repository, configuration, split))
+    return rows
 
 
 def _hub_failure(name, repository, why):

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .embedding_stream import EmbeddingStream
 from .errors import InputError
+from .iteration import batched_by_size
 from .loading import load_any, load_tokenizer
 from .modeling import RecurGPT2LMHeadModel
 from .pooling import check_pooling, dimension, pool
@@ -118,7 +119,7 @@ class DocumentEmbedder:
         if convert_to not in ("numpy", "torch"):
             raise InputError(f"convert_to={convert_to!r} is not known; use numpy or torch")
         texts = [documents] if isinstance(documents, str) else list(documents)
-        options = self._checked(pooling, layer, batch_tokens) | {"normalize": normalize}
+        options = self.check(pooling, layer, batch_tokens) | {"normalize": normalize}
         _check_texts(texts)
         vectors = np.zeros((len(texts), self.dimension(pooling)), np.float32)
         with _Progress(texts, show_progress_bar) as progress:
@@ -140,14 +141,16 @@ class DocumentEmbedder:
 
         They are taken as they are needed: some 64 batches' worth of text at a time, which is sorted by length.
         """
-        options = self._checked(pooling, layer, batch_tokens) | {"normalize": normalize}
-        return self._encode_chunks(_chunks(documents, CHUNK_BATCHES * batch_tokens), options)
+        options = self.check(pooling, layer, batch_tokens) | {"normalize": normalize}
+        tokens = CHUNK_BATCHES * batch_tokens
+        chunks = batched_by_size(documents, _characters, CHARACTERS_PER_TOKEN * tokens, most=max(1, tokens // 16))
+        return self._encode_chunks(chunks, options)
 
     def encode_tokens(
         self, document: str, *, layer: int = LAYER, batch_tokens: int = BATCH_TOKENS
     ) -> Iterator[TokenVectors]:
         """A contextual vector for each token, with all the document before it as context, window by window."""
-        layer = self._checked("mean", layer, batch_tokens)["layer"]
+        layer = self.check("mean", layer, batch_tokens)["layer"]
         _check_texts([document])
         return self._walk(document, layer, batch_tokens)
 
@@ -198,10 +201,11 @@ class DocumentEmbedder:
 
     def stream(self, *, pooling: str = POOLING, layer: int = LAYER, normalize: bool = False) -> EmbeddingStream:
         """A document that grows: what was read of it is not read again."""
-        options = self._checked(pooling, layer, BATCH_TOKENS) | {"normalize": normalize}
+        options = self.check(pooling, layer, BATCH_TOKENS) | {"normalize": normalize}
         return EmbeddingStream(self.model.transformer, self._encoder, **options)
 
-    def _checked(self, pooling, layer, batch_tokens):
+    def check(self, pooling: str, layer: int, batch_tokens: int) -> dict:
+        """The same arguments with the layer counted from 0; raises InputError for one that is out of range."""
         layers = self.model.config.n_layer
         if not -layers - 1 <= layer <= layers:
             raise InputError(f"layer={layer} does not exist; give 0, the embeddings, to {layers}, or -1 for the last")
@@ -251,6 +255,10 @@ def _dtype(dtype):
     return found
 
 
+def _characters(text):
+    return len(text) if isinstance(text, str) else 0  # what is no text is refused by number later
+
+
 def _check_texts(texts):
     for number, text in enumerate(texts):
         if not isinstance(text, str):
@@ -265,19 +273,6 @@ def _checked_spans(document, spans):
                 f"span ({start}, {end}) is no part of a document of {len(document)} characters; give 0 <= start < end"
             )
     return bounds
-
-
-def _chunks(documents, tokens):
-    """Lists of documents of about so many tokens together."""
-    chunk, characters = [], 0
-    for text in documents:
-        chunk.append(text)
-        characters += len(text) if isinstance(text, str) else 0
-        if characters >= CHARACTERS_PER_TOKEN * tokens or len(chunk) >= tokens // 16:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
 
 
 def _unit(vectors, normalize):

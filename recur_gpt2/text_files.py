@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,15 @@ SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.05  # share of validation, and of test, in data without splits of its own
 TITLE_COLUMNS = ("title", "short_book_title")
 ROWS_AT_ONCE = 8  # of a parquet file, whose rows may be books
+
+
+class Document(NamedTuple):
+    """One document of a file: where in the file it is, its text, and what its row says of itself."""
+
+    place: str
+    text: str
+    title: str | None = None
+    id: str | None = None
 
 
 # ---- which files, which documents ------------------------------------------------------------------------------------
@@ -86,20 +96,21 @@ def read_documents(files: list[Path]) -> Iterator[dict]:
     """{where, title, text, digest} of each document: where it is, for error messages, and the hash of its text."""
     for path in files:
         number = 0
-        for number, (place, title, text) in enumerate(READERS[path.suffix.lower()](path), start=1):
-            where = f"{path} {place}".rstrip()
-            digest = hashlib.sha256(_check_text(text, where)).hexdigest()
-            yield {"where": where, "title": title or f"document {number}", "text": text, "digest": digest}
+        for number, document in enumerate(READERS[path.suffix.lower()](path), start=1):
+            where = f"{path} {document.place}".rstrip()
+            digest = hashlib.sha256(check_text(document.text, where)).hexdigest()
+            if not document.text.strip():
+                raise InputError(f"{where} is an empty document or only white space; leave it out, or write text to it")
+            title = document.title or f"document {number}"
+            yield {"where": where, "title": title, "text": document.text, "digest": digest}
         if number == 0:
             raise InputError(f"{path} holds no document; leave it out, or write text to it")
 
 
-def _check_text(text, where):
+def check_text(text: object, where: str) -> bytes:
     """The text as UTF-8; refuses what is no text."""
     if not isinstance(text, str):
         raise InputError(f"{where} has a text of type {type(text).__name__}; make it a string, or leave it out")
-    if not text.strip():
-        raise InputError(f"{where} is an empty document or only white space; leave it out, or write text to it")
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -107,7 +118,7 @@ def _check_text(text, where):
 
 
 def _read_txt(path):
-    yield "", path.stem, _decode(path.read_bytes(), path)
+    yield Document("", _decode(path.read_bytes(), path), path.stem)
 
 
 def _read_jsonl(path):
@@ -115,7 +126,7 @@ def _read_jsonl(path):
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"line {number}", *_parse_line(_decode(line, path, offset), f"{path} line {number}")
+                yield Document(f"line {number}", *_parse_line(_decode(line, path, offset), f"{path} line {number}"))
             offset += len(line)
 
 
@@ -128,7 +139,7 @@ def _parse_line(line, where):
         raise InputError(f"{where} is no JSON object; write one with a text field on each line")
     check_columns(row, where)
     title = next((str(row[name]) for name in TITLE_COLUMNS if row.get(name)), None)
-    return title, row["text"]
+    return row["text"], title, None if row.get("id") is None else str(row["id"])
 
 
 def _read_parquet(path):
@@ -136,10 +147,11 @@ def _read_parquet(path):
         file = pq.ParquetFile(path)
         columns = check_columns(file.schema_arrow.names, path)
         batches = file.iter_batches(ROWS_AT_ONCE, columns=columns)
-        values = (row for batch in batches for row in zip(*batch.select(columns).columns, strict=True))
-        for number, (text, *titles) in enumerate(values, start=1):
-            title = next((str(value) for value in titles if value.as_py()), None)
-            yield f"row {number}", title, _text_of(text, f"{path} row {number}")
+        rows = (row for batch in batches for row in zip(*batch.select(columns).columns, strict=True))
+        for number, row in enumerate((dict(zip(columns, row, strict=True)) for row in rows), start=1):
+            title = next((str(row[name]) for name in TITLE_COLUMNS if name in row and row[name].as_py()), None)
+            id = str(row["id"]) if "id" in row and row["id"].is_valid else None
+            yield Document(f"row {number}", _text_of(row["text"], f"{path} row {number}"), title, id)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is no readable parquet file ({first_line(error)}); copy or make it again") from None
 
@@ -159,11 +171,11 @@ def _decode(data, path, offset=0):
 
 
 def check_columns(names: Iterable[str], where: object) -> list[str]:
-    """The columns that are read: text and, where there are any, titles."""
+    """The columns that are read: text and, where there are any, titles and ids."""
     if "text" not in names:
         listed = ", ".join(names) or "none at all"
         raise InputError(f"{where} has no text column, only {listed}; rename the one that holds the documents to text")
-    return ["text", *(name for name in TITLE_COLUMNS if name in names)]
+    return ["text", *(name for name in (*TITLE_COLUMNS, "id") if name in names)]
 
 
 def first_line(error: Exception) -> str:
