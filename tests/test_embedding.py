@@ -1,6 +1,7 @@
 """embedding.py: each vector is what a plain loop over one document gives, whatever is read beside it."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from transformers import AutoTokenizer, GPT2Model
 
-from recur_gpt2 import DocumentEmbedder, InputError, RecurGPT2LMHeadModel
+from recur_gpt2 import DocumentEmbedder, InputError, RecurGPT2LMHeadModel, accounting
 from recur_gpt2.cli import BUNDLED_MODEL
 from recur_gpt2.pooling import POOLINGS
 
@@ -370,3 +371,15 @@ def test_a_model_without_memory_has_no_memory_vector(make_embedder):
 def test_an_unknown_type_is_refused(gpt2_folder):
     with pytest.raises(InputError, match="dtype='int8' is no floating-point type; use float32"):
         DocumentEmbedder.from_pretrained(gpt2_folder, dtype="int8")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is measured on Linux")
+@pytest.mark.parametrize("method", ["encode", "encode_tokens"])
+def test_memory_does_not_grow_with_the_document(method, make_embedder):
+    embedder, text, peaks = make_embedder("default"), of_tokens(200_000), []
+    for end in (40_000, 40_000, len(text)):
+        accounting._reset_peak()
+        for _ in getattr(embedder, method)(text[:end], batch_tokens=512):
+            pass
+        peaks.append(accounting.peak_resident())
+    assert peaks[2] - peaks[1] < 10 * 2**20  # the hidden states of all tokens would take 51 MB
