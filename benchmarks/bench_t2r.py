@@ -49,6 +49,7 @@ STEPS = 40
 LINEAR = ("t2r all", "t2r 75%", "hedgehog all", "elu all", "rfa all")
 LINEAR += tuple(f"{name}, near {NEAR}" for name in ("t2r all", "hedgehog all", "t2r 75%"))
 LINEAR += (f"t2r 0 2 3 4 5, near {NEAR}",)  # layer 1 costs more than the others together (bench_conversion.py)
+LINEAR += (f"t2r all, near {2 * NEAR}",)
 BEST = f"t2r all, near {NEAR}"
 TRANSFERRED = ("t2r all", "t2r 75%", "hedgehog all", "rfa all", BEST)  # elu has nothing to learn
 DECODED = ("softmax", "t2r 75%", "t2r all", BEST)
