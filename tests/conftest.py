@@ -1,5 +1,6 @@
 """Tiny models that the tests share, with no parameter at zero or one by accident."""
 
+import os
 from functools import cache
 
 import pytest
@@ -8,6 +9,10 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recur_gpt2 import RecurGPT2LMHeadModel
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each take all cores are ten times slower
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WINDOW = 8
 GPT2_OPTIONS = {
