@@ -370,7 +370,7 @@ def test_a_model_without_memory_has_no_memory_vector(make_embedder):
 
 def test_an_unknown_type_is_refused(gpt2_folder):
     with pytest.raises(InputError, match="dtype='int8' is no floating-point type; use float32"):
-        DocumentEmbedder.from_pretrained(gpt2_folder, dtype="int8")
+        DocumentEmbedder.from_pretrained(gpt2_folder, window=16, dtype="int8")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is measured on Linux")
