@@ -197,9 +197,12 @@ def measure_memory(settings):
     text = "\n".join(book.text for book in books)
     whole = np.cumsum([len(book.ids) for book in books])
     del books
-    characters = int(len(text) * settings.tokens / whole[-1])
+    characters = [int(len(text) * tokens / whole[-1]) for tokens in (1_000_000, settings.tokens)]
+    long, document = text[: characters[0]], text[: characters[1]]  # the longer text is the caller's, in both processes
+    del text
     before = resident()
-    embedder.encode(text[:characters] if settings.tokens < whole[-1] else text, show_progress_bar=False)
+    embedder.encode(document, show_progress_bar=False)
+    del long
     return {"tokens": settings.tokens, "peak": peak_resident(), "above": peak_resident() - before}
 
 
