@@ -1,7 +1,7 @@
 """How good vectors of documents are, how fast they are made, and in how much memory.
 
-    python benchmarks/bench_embedding.py quality    # the table of docs/embedding.md
-    python benchmarks/bench_embedding.py layers     # what the defaults were chosen by
+    python benchmarks/bench_embedding.py quality    # beside TF-IDF and MiniLM
+    python benchmarks/bench_embedding.py layers     # each layer and pooling, to choose defaults by
     python benchmarks/bench_embedding.py speed
     python benchmarks/bench_embedding.py memory
 
@@ -86,7 +86,7 @@ def run_quality(args):
         difference = found["ours: mean"][score] - base[score]
         low, high = interval(difference)
         print(f"  {score}: {difference.mean():+.3f} ({low:+.3f} to {high:+.3f})")
-    return {"scores": {name: {key: list(each) for key, each in scores.items()} for name, scores in found.items()}}
+    return _as_json(found)
 
 
 def run_layers(args):
@@ -101,6 +101,10 @@ def run_layers(args):
             found[name] = run_tasks(books, embedder.model.config.window, embed, boundary=False)
             print(name, file=sys.stderr, flush=True)
     _print_quality(found)
+    return _as_json(found)
+
+
+def _as_json(found):
     return {"scores": {name: {key: list(each) for key, each in scores.items()} for name, scores in found.items()}}
 
 
@@ -129,7 +133,7 @@ def run_speed(args):
     documents = [text] * 16
     gpt2 = GPT2Model.from_pretrained(GPT2, attn_implementation="sdpa", dtype=torch.float32).eval()
     window, batch = embedder.model.config.window, 8192
-    ids = torch.from_numpy(np.stack([embedder._encoder(each) for each in documents]).astype(np.int64))
+    ids = torch.from_numpy(np.stack([embedder.encoder(each) for each in documents]).astype(np.int64))
 
     def bare(ids):
         for piece in ids.reshape(-1, window).split(batch // window):

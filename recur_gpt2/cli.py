@@ -25,21 +25,22 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `recur-gpt2`."""
     parser = argparse.ArgumentParser(prog="recur-gpt2", description="GPT-2 for documents of any length.")
     commands = parser.add_subparsers(dest="command", required=True)
-    finetune = commands.add_parser("finetune", help="finetune a GPT-2 with recurrence on documents and compare it")
-    add_experiment_arguments(finetune, data="pg19-sample")
-    finetune.set_defaults(run=run_finetune)
-    evaluate = commands.add_parser("evaluate", help="score documents with a model, by any protocol")
-    _add_evaluate_arguments(evaluate)
-    evaluate.set_defaults(run=run_evaluate)
-    convert = commands.add_parser("convert", help="give layers of a model linear attention (T2R)")
-    _add_convert_arguments(convert)
-    convert.set_defaults(run=run_convert)
-    embed = commands.add_parser("embed", help="write a vector for each document to a Parquet file")
-    _add_embed_arguments(embed)
-    embed.set_defaults(run=run_embed)
-    search = commands.add_parser("search", help="find the documents that are nearest to a text")
-    _add_search_arguments(search)
-    search.set_defaults(run=run_search)
+    each = (
+        (
+            "finetune",
+            "finetune a GPT-2 with recurrence on documents and compare it",
+            _add_finetune_arguments,
+            run_finetune,
+        ),
+        ("evaluate", "score documents with a model, by any protocol", _add_evaluate_arguments, run_evaluate),
+        ("convert", "give layers of a model linear attention (T2R)", _add_convert_arguments, run_convert),
+        ("embed", "write a vector for each document to a Parquet file", _add_embed_arguments, run_embed),
+        ("search", "find the documents that are nearest to a text", _add_search_arguments, run_search),
+    )
+    for name, purpose, add_arguments, run in each:
+        command = commands.add_parser(name, help=purpose)
+        add_arguments(command)
+        command.set_defaults(run=run)
     args = parser.parse_args(argv)
     return guarded(lambda: args.run(args))
 
@@ -72,6 +73,10 @@ def guarded(run: Callable[[], None]) -> int:
 def _is_main():
     """Whether this is the main one of the processes that were started together, if there are several."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _add_finetune_arguments(parser):
+    add_experiment_arguments(parser, data="pg19-sample")
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> None:

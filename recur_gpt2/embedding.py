@@ -50,6 +50,7 @@ class DocumentEmbedder:
     Attributes:
         model: RecurGPT2LMHeadModel, in evaluation mode.
         tokenizer: of transformers.
+        encoder: texts to ids by it, piece by piece.
 
     Arguments that several methods share:
         pooling: "mean" of the hidden states of all tokens; "last", the last token's; "memory", what the last full
@@ -64,7 +65,7 @@ class DocumentEmbedder:
 
     def __init__(self, model: RecurGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model.eval(), tokenizer
-        self._encoder = Encoder(tokenizer)
+        self.encoder = Encoder(tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -202,7 +203,7 @@ class DocumentEmbedder:
     def stream(self, *, pooling: str = POOLING, layer: int = LAYER, normalize: bool = False) -> EmbeddingStream:
         """A document that grows: what was read of it is not read again."""
         options = self.check(pooling, layer, BATCH_TOKENS) | {"normalize": normalize}
-        return EmbeddingStream(self.model.transformer, self._encoder, **options)
+        return EmbeddingStream(self.model.transformer, self.encoder, **options)
 
     def check(self, pooling: str, layer: int, batch_tokens: int) -> dict:
         """The same arguments with the layer counted from 0; raises InputError for one that is out of range."""
@@ -220,7 +221,7 @@ class DocumentEmbedder:
         """-> numbers of texts and their vectors, as they are read."""
         model = self.model.transformer
         order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
-        documents = ((number, Tokens(self._encoder.stream(texts[number]))) for number in order)
+        documents = ((number, Tokens(self.encoder.stream(texts[number]))) for number in order)
         for numbers, reading in Reader(model, layer, batch_tokens).documents(documents, progress):
             yield numbers, pool(model, reading, pooling, layer, normalize=normalize).cpu().numpy()
 
@@ -237,7 +238,7 @@ class DocumentEmbedder:
     @torch.no_grad()
     def _walk(self, document, layer, batch_tokens):
         reader, window = Reader(self.model.transformer, layer, batch_tokens), self.model.config.window
-        tokens, reading = Tokens(self._encoder.stream_with_offsets(document)), reader.start(1)
+        tokens, reading = Tokens(self.encoder.stream_with_offsets(document)), reader.start(1)
         while len(rows := tokens.take(max(1, batch_tokens // window) * window)):
             reading, hidden = reader.step(reading, [rows[:, 0]])
             vectors = hidden[0].float().cpu().numpy()

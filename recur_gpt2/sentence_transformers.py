@@ -29,7 +29,6 @@ from .errors import InputError
 from .modeling import RecurGPT2LMHeadModel
 from .pooling import dimension, pool
 from .side_by_side import Reader, Tokens
-from .tokenization import Encoder
 
 
 class RecurGPT2Embedding(InputModule):
@@ -51,8 +50,9 @@ class RecurGPT2Embedding(InputModule):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.pooling, self.layer, self.batch_tokens = pooling, layer, batch_tokens
-        self._encoder = Encoder(tokenizer)
-        DocumentEmbedder(model, tokenizer).check(pooling, layer, batch_tokens)
+        embedder = DocumentEmbedder(model, tokenizer)
+        embedder.check(pooling, layer, batch_tokens)
+        self._encoder = embedder.encoder
 
     @classmethod
     def from_pretrained(cls, folder: str, window: int | None = None, **options: Any) -> RecurGPT2Embedding:
