@@ -1,7 +1,7 @@
 """How good vectors of documents are, how fast they are made, and in how much memory.
 
-    python benchmarks/bench_embedding.py quality    # beside TF-IDF and MiniLM
-    python benchmarks/bench_embedding.py layers     # each layer and pooling, to choose defaults by
+    python benchmarks/bench_embedding.py quality    # beside TF-IDF and MiniLM; goes on from docs/embedding.json
+    python benchmarks/bench_embedding.py layers     # each layer and pooling, to choose defaults by; goes on, too
     python benchmarks/bench_embedding.py speed
     python benchmarks/bench_embedding.py memory
 
@@ -21,23 +21,26 @@ import statistics
 import sys
 import time
 from argparse import Namespace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from common import CHILD, fresh, machine, print_table, resident
-from embedding_rows import GPT2, OURS, rows
+from embedding_rows import GPT2, OURS, every_pooling, rows
 from embedding_tasks import Embed, interval, read_books, run_tasks
 from transformers import GPT2Model
 
 from recur_gpt2 import DocumentEmbedder
 from recur_gpt2.accounting import peak_resident
 from recur_gpt2.allocator import tune_allocator
-from recur_gpt2.loading import load_tokenizer
-from recur_gpt2.pooling import POOLINGS
+from recur_gpt2.fresh_runs import Record
+from recur_gpt2.loading import load_any, load_tokenizer
 from recur_gpt2.side_by_side import Reader, Tokens
 
 SCORES = ("retrieval: at 1", "retrieval: MRR", "retrieval, centred: at 1", "retrieval, centred: MRR")
 SCORES += ("boundary", "chapters")
+DIFFERENCES = ("gpt2-mini, disjoint: mean", "gpt2-mini, overlapping: mean", "ours, state removed: mean")
 HEAD = ("vectors", "same book at 1", "MRR", "at 1, centred", "MRR, centred", "first 32 tokens", "chapters")
 
 
@@ -56,6 +59,9 @@ def main():
         if name in ("quality", "layers"):
             default = "test" if name == "quality" else "validation"
             add("--split", default=default, help=f"of pg19-sample (default: {default})")
+            add("--record", type=Path, default=Path("docs/embedding.json"), help="what each row found")
+            add("--only", nargs="+", metavar="ROW", help="rows to make (default: all)")
+            add("--table", action="store_true", help="print the table of what is recorded, and run nothing")
         if name == "speed":
             add("--repeats", type=int, default=5, help="rounds, in each of which every variant runs once (default: 5)")
             add("--tokens", type=int, default=131_072, help="in 16 documents of one length (default: 131072)")
@@ -72,40 +78,56 @@ def main():
 
 
 def run_quality(args):
-    tokenizer = load_tokenizer(OURS)
-    books = read_books(args.split, tokenizer)
-    window, found = DocumentEmbedder.from_pretrained(OURS).model.config.window, {}
-    for name, (make, boundary) in rows(window).items():
-        began = time.perf_counter()
-        found[name] = run_tasks(books, window, make(), boundary=boundary)
-        print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    _print_quality(found)
-    base = found["ours, state removed: mean"]
-    print("recur-gpt2-mini, recurrent - state removed, mean pooling, with 95% intervals over books:")
-    for score in SCORES:
-        difference = found["ours: mean"][score] - base[score]
-        low, high = interval(difference)
-        print(f"  {score}: {difference.mean():+.3f} ({low:+.3f} to {high:+.3f})")
-    return _as_json(found)
+    window = load_any(OURS).config.window
+    found = make_rows(args, window, rows(window))
+    for base in DIFFERENCES:
+        if {base, "ours: mean"} <= found.keys():
+            print(f"ours: mean - {base}, with 95% intervals over books:")
+            for score in SCORES:
+                difference = found["ours: mean"][score] - found[base][score]
+                low, high = interval(difference)
+                print(f"  {score}: {difference.mean():+.3f} ({low:+.3f} to {high:+.3f})")
+            print()
+    return {"split": args.split}
 
 
 def run_layers(args):
     """Each layer and pooling, on (a) and (c)."""
-    embedder = DocumentEmbedder.from_pretrained(OURS)
-    books, found = read_books(args.split, embedder.tokenizer), {}
-    for layer in range(1, embedder.model.config.n_layer + 1):
-        for pooling in POOLINGS:
-            options = {"pooling": pooling, "layer": layer}
-            embed = Embed(lambda texts, options=options: embedder.encode([text.text for text in texts], **options))
-            name = f"layer {layer}: {pooling}"
-            found[name] = run_tasks(books, embedder.model.config.window, embed, boundary=False)
-            print(name, file=sys.stderr, flush=True)
+    model = load_any(OURS)
+    layers = range(1, model.config.n_layer + 1)
+    table = {f"layer {n}": lambda n=n: Embed(partial(every_pooling, model, n)) for n in layers}
+    make_rows(args, model.config.window, table)
+    return {"split": args.split}
+
+
+def make_rows(args, window, table):
+    """Runs what the record lacks, prints all that it holds -> {row and pooling: {score: one number a book}}."""
+    record = Record(args.record)
+    part, names = record.at(args.command, args.split), [] if args.table else args.only or table
+    if unknown := set(names) - set(table):
+        raise SystemExit(f"--only {min(unknown)!r} is no row; use one of {', '.join(table)}")
+    names = [name for name in names if name not in part]
+    books = read_books(args.split, load_tokenizer(OURS)) if names else []
+    for name in names:
+        began = time.perf_counter()
+        record.once(part, name, lambda name=name: _as_lists(run_tasks(books, window, table[name]())))
+        print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    made = [(name, pooling, scores) for name in table if name in part for pooling, scores in part[name].items()]
+    found = {_row(name, pooling): _as_arrays(scores) for name, pooling, scores in made}
     _print_quality(found)
-    return _as_json(found)
+    return found
 
 
-def _as_json(found):
-    return {"scores": {name: {key: list(each) for key, each in scores.items()} for name, scores in found.items()}}
+def _row(name, pooling):
+    return f"{name}: {pooling}" if pooling else name
+
+
+def _as_lists(found):
+    return {pooling: {key: list(each) for key, each in scores.items()} for pooling, scores in found.items()}
+
+
+def _as_arrays(scores):
+    return {key: np.array(each) for key, each in scores.items()}
 
 
 def _print_quality(found):

@@ -50,6 +50,7 @@ LINEAR = ("t2r all", "t2r 75%", "hedgehog all", "elu all", "rfa all")
 LINEAR += tuple(f"{name}, near {NEAR}" for name in ("t2r all", "hedgehog all", "t2r 75%"))
 LINEAR += (f"t2r 0 2 3 4 5, near {NEAR}",)  # layer 1 costs more than the others together (bench_conversion.py)
 LINEAR += (f"t2r all, near {2 * NEAR}",)
+LONG_ONLY = f"t2r all, near {4 * NEAR}"  # as much as a window of 256 is: for longer ones
 BEST = f"t2r all, near {NEAR}"
 TRANSFERRED = ("t2r all", "t2r 75%", "hedgehog all", "rfa all", BEST)  # elu has nothing to learn
 DECODED = ("softmax", "t2r 75%", "t2r all", BEST)
@@ -59,7 +60,7 @@ TRANSFER = 4  # one step of so many is attention transfer, where there is any
 def configurations(data, window):
     """{row: flags of `recur-gpt2 finetune`} for one window on one collection of texts."""
     rows = {"softmax": f"--recurrence none --lr {RATES['softmax']}"}
-    for name in LINEAR:
+    for name in (*LINEAR, LONG_ONLY) if window > 4 * NEAR else LINEAR:
         flags = f"--recurrence none {linear_flags(name)}"
         rows[name] = flags
         if name in TRANSFERRED:
@@ -89,7 +90,7 @@ def main():
     add("--record", type=Path, default=Path("docs/t2r.json"), help="what each run found")
     add("--data", nargs="+", default=["pg19-sample", "wikitext-103-sample"])
     add("--windows", type=int, nargs="+", default=[256, 1024])
-    every = list(configurations("pg19-sample", 256))
+    every = [*configurations("pg19-sample", 256), LONG_ONLY]
     add("--only", nargs="+", choices=every, default=every, help="rows (default: all)")
     add("--steps", type=int, default=STEPS, help=f"of 8,192 tokens, transfer included (default: {STEPS})")
     add("--split", default="test", help="documents to score (default: test)")

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
 from common import ROOT
-from embedding_tasks import FIRST, Embed, beginnings_alone
+from embedding_tasks import FIRST, Embed, Text, beginnings_alone
 
-from recur_gpt2 import DocumentEmbedder
 from recur_gpt2.loading import load_any, plain_copy
-from recur_gpt2.pooling import POOLINGS
-from recur_gpt2.side_by_side import Reader
+from recur_gpt2.pooling import POOLINGS, pool
+from recur_gpt2.side_by_side import Reader, Tokens
 
 GPT2, OURS = str(ROOT / "data" / "gpt2-mini"), str(ROOT / "data" / "recur-gpt2-mini")
 GROUP = 4  # texts read side by side
 
 
 def rows(window):
-    """{row: (function that makes it, whether it is asked about the beginnings of windows)}"""
-    table = {
-        "gpt2-mini, disjoint: mean": (lambda: states(load_any(GPT2, window), disjoint), True),
-        "gpt2-mini, overlapping: mean": (lambda: states(load_any(GPT2, window), overlapping), True),
-        "ours, state removed: mean": (lambda: states(plain_copy(load_any(OURS)), disjoint), True),
-        "ours, overlapping without state: mean": (lambda: states(plain_copy(load_any(OURS)), overlapping), True),
-        "ours, another's state: mean": (lambda: states(load_any(OURS), shuffled), True),
-        "ours: mean": (lambda: states(load_any(OURS), disjoint), True),
+    """{row: function that makes it}"""
+    return {
+        "gpt2-mini, disjoint": lambda: states(load_any(GPT2, window), disjoint),
+        "gpt2-mini, overlapping": lambda: states(load_any(GPT2, window), overlapping),
+        "ours, state removed": lambda: states(plain_copy(load_any(OURS)), disjoint),
+        "ours, overlapping without state": lambda: states(plain_copy(load_any(OURS)), overlapping),
+        "ours, another's state": lambda: states(load_any(OURS), shuffled),
+        "ours": ours,
+        "TF-IDF": tf_idf,
+        "MiniLM, chunks averaged": minilm,
     }
-    for pooling in POOLINGS[1:]:
-        table[f"ours: {pooling}"] = (partial(pooled, pooling=pooling), False)
-    table["TF-IDF"] = (tf_idf, True)
-    table["MiniLM, chunks averaged"] = (minilm, True)
-    return table
 
 
 def states(model, read):
@@ -48,7 +42,27 @@ def states(model, read):
         starts = range(0, len(texts[0].ids), window)
         return [np.array([each[at : at + FIRST].mean(axis=0) for at in starts]) for each in hidden(texts)]
 
-    return Embed(lambda texts: np.array([each.mean(axis=0) for each in hidden(texts)]), beginnings)
+    return Embed(lambda texts: {"mean": np.array([each.mean(axis=0) for each in hidden(texts)])}, beginnings)
+
+
+def ours():
+    """With its memory, and each pooling."""
+    model = load_any(OURS)
+    beginnings = states(model, disjoint).beginnings
+    return Embed(lambda texts: every_pooling(model, model.config.n_layer, texts), beginnings)
+
+
+@torch.no_grad()
+def every_pooling(model, layer: int, texts: list[Text]) -> dict[str, np.ndarray]:
+    """One reading, pooled in each way."""
+    core, width = model.transformer, model.config.n_embd
+    found = {name: np.zeros((len(texts), width * (1 + (name == "mean+memory")))) for name in POOLINGS}
+    order = sorted(range(len(texts)), key=lambda n: -len(texts[n].ids))
+    documents = ((number, Tokens(iter([texts[number].ids]))) for number in order)
+    for numbers, reading in Reader(core, layer, GROUP * model.config.window).documents(documents):
+        for name, vectors in found.items():
+            vectors[numbers] = pool(core, reading, name, layer, normalize=False).numpy()
+    return found
 
 
 @torch.no_grad()
@@ -90,11 +104,6 @@ def shuffled(reader, ids):
     return [np.concatenate(each) for each in pieces]
 
 
-def pooled(pooling):
-    embedder = DocumentEmbedder.from_pretrained(OURS)
-    return Embed(lambda texts: embedder.encode([text.text for text in texts], pooling=pooling))
-
-
 def tf_idf():
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -107,7 +116,7 @@ def tf_idf():
         vectors, each = embed(parts), len(parts) // len(texts)
         return [vectors[start : start + each] for start in range(0, len(parts), each)]
 
-    return Embed(embed, beginnings)
+    return Embed(lambda texts: {"": embed(texts)}, beginnings)
 
 
 def minilm():
@@ -132,4 +141,4 @@ def minilm():
         vectors, owners = model.encode(chunks, show_progress_bar=False), np.array(owners)
         return np.array([vectors[owners == number].mean(axis=0) for number in range(len(texts))])
 
-    return Embed(embed, beginnings_alone(embed))
+    return Embed(lambda texts: {"": embed(texts)}, beginnings_alone(embed))

@@ -21,6 +21,7 @@ STRETCH_WINDOWS = 80  # of each book, whose beginnings are to tell the book
 FIRST = 32  # tokens of a window: those with least context
 CHAPTERS, CHAPTER_TOKENS = 8, 4000  # of each book; longer ones are cut
 HEADING = re.compile(r"^ *(?:CHAPTER|Chapter|BOOK|LETTER) +[IVXLC\d]+.*$", re.MULTILINE)
+Scores = dict[str, np.ndarray]  # {score: one number a book}
 EDGE = 0.05  # of a book on either side, where titles, contents and licences are
 
 
@@ -109,33 +110,51 @@ def interval(scores: np.ndarray) -> tuple[float, float]:
     return tuple(np.quantile(scores[resample(len(scores))].mean(axis=1), [0.025, 0.975]))
 
 
-def run_tasks(books: list[Text], window: int, embed: Embed, *, boundary: bool) -> dict[str, np.ndarray]:
-    """Every score of one way to make vectors -> {score: one number a book}."""
-    some = passages(books)
-    numbers, vectors = np.array([each.book for each in some]), embed.documents(some)
-    scores = {}
+def run_tasks(books: list[Text], window: int, embed: Embed) -> dict[str, Scores]:
+    """Every score of each pooling of one way to read; that of the windows' beginnings stands with the first."""
+    found, texts = {}, passages(books)
+    for pooling, vectors in embed.documents(texts).items():
+        found[pooling] = _retrieval_scores(vectors, texts)
+    texts = chapters(books)
+    for pooling, vectors in embed.documents(texts).items():
+        found[pooling] |= _chapter_scores(vectors, texts)
+    if embed.beginnings is not None:
+        found[next(iter(found))]["boundary"] = _boundary_scores(embed.beginnings(stretches(books, window), window))
+    return found
+
+
+def _retrieval_scores(vectors, texts):
+    numbers, scores = _numbers(texts), {}
     for name, centred in (("retrieval", False), ("retrieval, centred", True)):
         at_1, reciprocal = retrieval(_dense(vectors), numbers, centred=centred)
         scores |= {f"{name}: at 1": by_book(at_1, numbers), f"{name}: MRR": by_book(reciprocal, numbers)}
-    some = chapters(books)
-    numbers, vectors = np.array([each.book for each in some]), embed.documents(some)
-    held_out = np.arange(len(some)) % 2 == 1
-    right = probe(vectors[~held_out], numbers[~held_out], vectors[held_out], numbers[held_out])
-    scores["chapters"] = by_book(right, numbers[held_out])
-    if boundary:
-        each = embed.beginnings(stretches(books, window), window)  # a book each, (windows, D)
-        half = STRETCH_WINDOWS // 2
-        train, test = ([vectors[part] for vectors in each] for part in (slice(half), slice(half, None)))
-        numbers = np.repeat(np.arange(len(books)), half)
-        scores["boundary"] = by_book(probe(_stack(train), numbers, _stack(test), numbers), numbers)
     return scores
+
+
+def _chapter_scores(vectors, texts):
+    numbers, held_out = _numbers(texts), np.arange(len(texts)) % 2 == 1
+    right = probe(vectors[~held_out], numbers[~held_out], vectors[held_out], numbers[held_out])
+    return {"chapters": by_book(right, numbers[held_out])}
+
+
+def _boundary_scores(beginnings):
+    """Of a book each, (windows, D)."""
+    half = STRETCH_WINDOWS // 2
+    train, test = ([vectors[part] for vectors in beginnings] for part in (slice(half), slice(half, None)))
+    numbers = np.repeat(np.arange(len(beginnings)), half)
+    return by_book(probe(_stack(train), numbers, _stack(test), numbers), numbers)
+
+
+def _numbers(texts):
+    return np.array([text.book for text in texts])
 
 
 @dataclass
 class Embed:
-    """A way to make vectors: of texts, and of the first FIRST tokens of each window of texts."""
+    """A way to read: texts to vectors (n, D) by the name of their pooling, and each text's (windows, D), of the first
+    FIRST tokens of each window."""
 
-    documents: Callable[[list[Text]], np.ndarray]
+    documents: Callable[[list[Text]], dict[str, np.ndarray]]
     beginnings: Callable[[list[Text], int], list[np.ndarray]] | None = None
 
 

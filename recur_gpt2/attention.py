@@ -4,7 +4,8 @@ B rows, T queries, H heads, M memory slots, d = D / H. One function has several 
 fastest where was measured (docs/performance.md). All give the same result up to rounding.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 KeyValue = tuple[Tensor, Tensor]
-LONG_WINDOW = 512  # from here on skipping what lies in the future pays for more than it costs
+LONGEST_PRODUCTS = 1024  # window; a backward pass needs the weights of every layer, which longer ones have too many of
 CHUNK_WEIGHTS = 2**21  # attention weights made at a time by plain products, so that they stay in a processor's cache
+# Queries that a CPU takes at a time, with the keys that these may see alone: what lies in the future costs nothing.
+QUERIES, QUERIES_WITHOUT_GRADIENT, QUERIES_IN_PRODUCTS = 128, 64, 128
 
 
 def window_attention(
@@ -51,9 +54,12 @@ def window_attention(
         return sdpa(query, key, value, is_causal=True, **options)
     if some is None and query.is_cuda:
         return sdpa(query, key, value, attn_mask=causal_lower_right(length, slots + length), **options)
-    if some is None and length > LONG_WINDOW:
-        return _causal_from_the_top(query, key, value, slots, **options)
-    return sdpa(query, key, value, attn_mask=visible_places(length, slots, some, query.device), **options)
+    if query.device.type != "cpu":
+        return sdpa(query, key, value, attn_mask=visible_places(length, slots, some, query.device), **options)
+    alike = some is None
+    mask = _future(length, slots, query.dtype) if alike else visible_places(length, slots, some, query.device)
+    step = QUERIES if torch.is_grad_enabled() else QUERIES_WITHOUT_GRADIENT
+    return _in_steps(partial(sdpa, **options), query, key, value, mask, step)
 
 
 def resumed_attention(
@@ -125,12 +131,8 @@ def visible_places(length, slots, some, device):
 
 
 def _products_pay(query):
-    """In 16 bit a CPU multiplies matrices so fast that its fused attention kernel is two to five times slower.
-
-    Where gradients are wanted they need the weights of every layer, which long windows have too many of.
-    """
-    longest = LONG_WINDOW if torch.is_grad_enabled() else 2 * LONG_WINDOW
-    return query.device.type == "cpu" and query.element_size() == 2 and query.shape[2] <= longest
+    """In 16 bit a CPU multiplies matrices so fast that its fused attention kernel is up to four times slower."""
+    return query.device.type == "cpu" and query.element_size() == 2 and query.shape[2] <= LONGEST_PRODUCTS
 
 
 def _products(query, key, value, slots, some, scale, dropout):
@@ -138,23 +140,34 @@ def _products(query, key, value, slots, some, scale, dropout):
     rows, heads, length, _ = query.shape
     step = max(1, CHUNK_WEIGHTS // (heads * length * (slots + length)))
     unread = [None] * rows if some is None else _unread(some, slots, length).split(step)
-    parts = zip(*(tensor.split(step) for tensor in (query, key, value)), unread, strict=False)
-    return torch.cat([_some_products(*part, slots, scale, dropout) for part in parts])
+    parts = zip(*(tensor.contiguous().split(step) for tensor in (query, key, value)), unread, strict=False)
+    future = _future(length, slots, query.dtype)
+    some_rows = []
+    for *tensors, unread_slots in parts:
+        kernel = partial(_some_products, unread=unread_slots, scale=scale, dropout=dropout)
+        some_rows.append(_in_steps(kernel, *tensors, future, QUERIES_IN_PRODUCTS))
+    return torch.cat(some_rows)
 
 
-def _some_products(query, key, value, unread, slots, scale, dropout):
+def _some_products(query, key, value, bias, *, unread, scale, dropout):
     heads = query.shape[1]
-    bias = _future(query.shape[2], slots, query.dtype)
     flat_query, flat_key, flat_value = (tensor.flatten(0, 1) for tensor in (query, key, value))
     weights = torch.baddbmm(bias, flat_query, flat_key.transpose(1, 2), alpha=scale)  # (B * H, T, M + T)
     if unread is not None:
+        unread = unread[:, : key.shape[2]]
         nothing = torch.zeros(unread.shape, dtype=query.dtype).masked_fill_(unread, -torch.inf)
         weights.add_(nothing.repeat_interleave(heads, dim=0)[:, None])
     weights = torch.nn.functional.dropout(weights.softmax(dim=-1), dropout)
     return (weights @ flat_value).view(query.shape)
 
 
-def _causal_from_the_top(query, key, value, slots, **options):
-    """sdpa aligns a causal mask to the top left: M rows of queries in front make the slots visible to all others."""
-    padding = query.new_zeros(*query.shape[:2], slots, query.shape[3])
-    return sdpa(torch.cat((padding, query), dim=2), key, value, is_causal=True, **options)[:, :, slots:]
+def _in_steps(kernel: Callable[..., Tensor], query, key, value, mask, step) -> Tensor:
+    """Causal attention by a kernel that takes a mask (..., T, M + T): `step` queries at a time."""
+    length, slots = query.shape[2], key.shape[2] - query.shape[2]
+    parts = []
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        seen = slice(slots + end)
+        queries, masked = query[:, :, start:end], mask[..., start:end, seen]
+        parts.append(kernel(queries, key[:, :, seen], value[:, :, seen], masked).transpose(1, 2))
+    return torch.cat(parts, dim=1).transpose(1, 2)  # in the order in which a layer joins its heads, without a copy
