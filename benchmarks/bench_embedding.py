@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import CHILD, fresh, machine, print_table, resident
-from embedding_rows import GPT2, OURS, every_pooling, rows
-from embedding_tasks import Embed, interval, read_books, run_tasks
+from embedding_rows import GPT2, OURS, ours, rows
+from embedding_tasks import interval, read_books, run_tasks
 from transformers import GPT2Model
 
 from recur_gpt2 import DocumentEmbedder
@@ -92,10 +92,10 @@ def run_quality(args):
 
 
 def run_layers(args):
-    """Each layer and pooling, on (a) and (c)."""
+    """Each layer and pooling."""
     model = load_any(OURS)
     layers = range(1, model.config.n_layer + 1)
-    table = {f"layer {n}": lambda n=n: Embed(partial(every_pooling, model, n)) for n in layers}
+    table = {f"layer {n}": partial(ours, model, n) for n in layers}
     make_rows(args, model.config.window, table)
     return {"split": args.split}
 

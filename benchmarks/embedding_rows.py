@@ -7,6 +7,7 @@ import torch
 from common import ROOT
 from embedding_tasks import FIRST, Embed, Text, beginnings_alone
 
+from recur_gpt2.embedding import checked_layer
 from recur_gpt2.loading import load_any, plain_copy
 from recur_gpt2.pooling import POOLINGS, pool
 from recur_gpt2.side_by_side import Reader, Tokens
@@ -23,16 +24,17 @@ def rows(window):
         "ours, state removed": lambda: states(plain_copy(load_any(OURS)), disjoint),
         "ours, overlapping without state": lambda: states(plain_copy(load_any(OURS)), overlapping),
         "ours, another's state": lambda: states(load_any(OURS), shuffled),
-        "ours": ours,
+        "ours": lambda: ours(load_any(OURS)),
+        "ours, last layer": lambda: ours(load_any(OURS), -1),
         "TF-IDF": tf_idf,
         "MiniLM, chunks averaged": minilm,
     }
 
 
-def states(model, read):
-    """Means of the last layer's hidden states, read in some way."""
+def states(model, read, layer=None):
+    """Means of a layer's hidden states, of the default one or another, read in some way."""
 
-    reader = Reader(model.transformer, model.config.n_layer, 1)
+    reader = Reader(model.transformer, checked_layer(model, layer), 1)
 
     def hidden(texts):
         for start in range(0, len(texts), GROUP):
@@ -45,11 +47,10 @@ def states(model, read):
     return Embed(lambda texts: {"mean": np.array([each.mean(axis=0) for each in hidden(texts)])}, beginnings)
 
 
-def ours():
+def ours(model, layer=None):
     """With its memory, and each pooling."""
-    model = load_any(OURS)
-    beginnings = states(model, disjoint).beginnings
-    return Embed(lambda texts: every_pooling(model, model.config.n_layer, texts), beginnings)
+    beginnings = states(model, disjoint, layer).beginnings
+    return Embed(lambda texts: every_pooling(model, checked_layer(model, layer), texts), beginnings)
 
 
 @torch.no_grad()

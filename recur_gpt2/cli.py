@@ -260,7 +260,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def _add_embed_arguments(parser):
-    from .embedding import BATCH_TOKENS, LAYER, POOLING
+    from .embedding import BATCH_TOKENS, POOLING
     from .pooling import POOLINGS
 
     add = parser.add_argument
@@ -269,7 +269,7 @@ def _add_embed_arguments(parser):
     add("--model", default=str(BUNDLED_RECURRENT), help="our model or a GPT-2: folder or hub id")
     add("--window", type=int, help="T; default: the model's own, or 256 for a GPT-2")
     add("--pooling", default=POOLING, choices=POOLINGS, help=f"tokens' vectors to the document's (default: {POOLING})")
-    add("--layer", type=int, default=LAYER, help=f"whose output is pooled; -1 is the last (default: {LAYER})")
+    add("--layer", type=int, help="whose output is pooled; -1 is the last (default: the one two thirds of the way up)")
     add("--normalize", action="store_true", help="scale vectors to unit length")
     add("--dtype", default="float32", choices=["float32", "float16"], help="of the numbers written (default: float32)")
     add("--precision", default="float32", choices=["float32", "bfloat16"], help="to compute in (default: float32)")
@@ -291,14 +291,15 @@ def _shard(text):
 
 def run_embed(args: argparse.Namespace) -> None:
     """Embed documents into a Parquet file."""
-    from .embedding import DocumentEmbedder
+    from .embedding import DocumentEmbedder, checked_layer
     from .embedding_files import embed_texts
     from .sources import find_sources
 
     sources = find_sources(args.inputs, args.split)
     device = None if args.device == "auto" else args.device
     embedder = DocumentEmbedder.from_pretrained(args.model, args.window, device, args.precision)
-    settings = {key: getattr(args, key) for key in ("model", "pooling", "layer", "normalize", "precision")}
+    settings = {key: getattr(args, key) for key in ("model", "pooling", "normalize", "precision")}
+    settings["layer"] = checked_layer(embedder.model, args.layer)
     embedded, total = embed_texts(
         embedder,
         sources,

@@ -23,7 +23,8 @@ from .pooling import check_pooling, dimension, pool
 from .side_by_side import Reader, Tokens
 from .tokenization import Encoder
 
-POOLING, LAYER = "mean", -1
+# Chosen by measurement (docs/embedding.md): the mean, of a layer two thirds of the way up.
+POOLING, HEIGHT = "mean", 2 / 3
 BATCH_TOKENS = 2048  # as fast as more on a CPU; a GPU wants more
 CHUNK_BATCHES = 256  # batches' worth of text that encode_iter sorts by length at a time
 CHARACTERS_PER_TOKEN = 4  # about; English
@@ -57,8 +58,8 @@ class DocumentEmbedder:
             window left for the next one (zero for a document shorter than a window); or "mean+memory", both at unit
             length, one behind the other: twice as wide.
         layer: whose output it is, 1 to the number of layers, 0 for the embeddings; negative ones count from the last,
-            -1. As transformers' `hidden_states`, the final norm is applied to the last layer alone. Layers above are
-            not computed.
+            -1; None for the one two thirds of the way up. As transformers' `hidden_states`, the final norm is applied
+            to the last layer alone. Layers above are not computed.
         normalize: scale each vector to unit length.
         batch_tokens: tokens that go through the model at once: memory against speed.
     """
@@ -99,7 +100,7 @@ class DocumentEmbedder:
         documents: str | Iterable[str],
         *,
         pooling: str = POOLING,
-        layer: int = LAYER,
+        layer: int | None = None,
         normalize: bool = False,
         batch_tokens: int = BATCH_TOKENS,
         show_progress_bar: bool | None = None,
@@ -134,7 +135,7 @@ class DocumentEmbedder:
         documents: Iterable[str],
         *,
         pooling: str = POOLING,
-        layer: int = LAYER,
+        layer: int | None = None,
         normalize: bool = False,
         batch_tokens: int = BATCH_TOKENS,
     ) -> Iterator[np.ndarray]:
@@ -148,7 +149,7 @@ class DocumentEmbedder:
         return self._encode_chunks(chunks, options)
 
     def encode_tokens(
-        self, document: str, *, layer: int = LAYER, batch_tokens: int = BATCH_TOKENS
+        self, document: str, *, layer: int | None = None, batch_tokens: int = BATCH_TOKENS
     ) -> Iterator[TokenVectors]:
         """A contextual vector for each token, with all the document before it as context, window by window."""
         layer = self.check("mean", layer, batch_tokens)["layer"]
@@ -156,7 +157,7 @@ class DocumentEmbedder:
         return self._walk(document, layer, batch_tokens)
 
     def encode_windows(
-        self, document: str, *, layer: int = LAYER, normalize: bool = False, batch_tokens: int = BATCH_TOKENS
+        self, document: str, *, layer: int | None = None, normalize: bool = False, batch_tokens: int = BATCH_TOKENS
     ) -> WindowVectors:
         """For each window the mean of its tokens' vectors, and the characters that it covers."""
         vectors, spans = [np.empty((0, self.dimension()), np.float32)], [np.empty((0, 2), np.int64)]
@@ -170,7 +171,7 @@ class DocumentEmbedder:
         document: str,
         spans: Sequence[tuple[int, int]],
         *,
-        layer: int = LAYER,
+        layer: int | None = None,
         normalize: bool = False,
         batch_tokens: int = BATCH_TOKENS,
     ) -> np.ndarray:
@@ -200,19 +201,16 @@ class DocumentEmbedder:
             raise InputError(f"span ({start}, {end}) holds no token of the document; widen it, or leave it out")
         return _unit((sums / counts[:, None]).astype(np.float32), normalize)
 
-    def stream(self, *, pooling: str = POOLING, layer: int = LAYER, normalize: bool = False) -> EmbeddingStream:
+    def stream(self, *, pooling: str = POOLING, layer: int | None = None, normalize: bool = False) -> EmbeddingStream:
         """A document that grows: what was read of it is not read again."""
         options = self.check(pooling, layer, BATCH_TOKENS) | {"normalize": normalize}
         return EmbeddingStream(self.model.transformer, self.encoder, **options)
 
-    def check(self, pooling: str, layer: int, batch_tokens: int) -> dict:
+    def check(self, pooling: str, layer: int | None, batch_tokens: int) -> dict:
         """The same arguments with the layer counted from 0; raises InputError for one that is out of range."""
-        layers = self.model.config.n_layer
-        if not -layers - 1 <= layer <= layers:
-            raise InputError(f"layer={layer} does not exist; give 0, the embeddings, to {layers}, or -1 for the last")
+        layer = checked_layer(self.model, layer)
         if batch_tokens < 1:
             raise InputError(f"batch_tokens={batch_tokens} is too few; give at least 1")
-        layer = layer % (layers + 1)
         check_pooling(self.model.transformer, pooling, layer)
         return {"pooling": pooling, "layer": layer, "batch_tokens": batch_tokens}
 
@@ -245,6 +243,20 @@ class DocumentEmbedder:
             for start in range(0, len(rows), window):
                 here = slice(start, start + window)
                 yield TokenVectors(rows[here, 0], vectors[here], rows[here, 1:])
+
+
+def checked_layer(model: RecurGPT2LMHeadModel, layer: int | None) -> int:
+    """The number of a layer that may be counted from the last one, or left open.
+
+    Raises:
+        InputError: there is no such layer.
+    """
+    layers = model.config.n_layer
+    if layer is None:
+        return max(1, round(HEIGHT * layers))
+    if not -layers - 1 <= layer <= layers:
+        raise InputError(f"layer={layer} does not exist; give 0, the embeddings, to {layers}, or -1 for the last")
+    return layer % (layers + 1)
 
 
 def _dtype(dtype):

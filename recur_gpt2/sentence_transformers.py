@@ -24,7 +24,7 @@ from sentence_transformers.util import import_from_string
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .embedding import BATCH_TOKENS, LAYER, POOLING, DocumentEmbedder
+from .embedding import BATCH_TOKENS, POOLING, DocumentEmbedder
 from .errors import InputError
 from .modeling import RecurGPT2LMHeadModel
 from .pooling import dimension, pool
@@ -44,14 +44,14 @@ class RecurGPT2Embedding(InputModule):
         tokenizer: PreTrainedTokenizerBase,
         *,
         pooling: str = POOLING,
-        layer: int = LAYER,
+        layer: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
-        self.pooling, self.layer, self.batch_tokens = pooling, layer, batch_tokens
         embedder = DocumentEmbedder(model, tokenizer)
-        embedder.check(pooling, layer, batch_tokens)
+        self.pooling, self.batch_tokens = pooling, batch_tokens
+        self.layer = embedder.check(pooling, layer, batch_tokens)["layer"]
         self._encoder = embedder.encoder
 
     @classmethod
@@ -78,11 +78,10 @@ class RecurGPT2Embedding(InputModule):
         rows = [row[:length].cpu().numpy() for row, length in zip(features["input_ids"], lengths, strict=True)]
         order = sorted(range(len(rows)), key=lambda number: -lengths[number])
         model = self.model.transformer
-        layer = self.layer % (model.config.n_layer + 1)
         vectors: dict[int, Tensor] = {}
-        reader = Reader(model, layer, self.batch_tokens)
+        reader = Reader(model, self.layer, self.batch_tokens)
         for numbers, reading in reader.documents((number, Tokens(iter([rows[number]]))) for number in order):
-            vectors |= zip(numbers, pool(model, reading, self.pooling, layer, normalize=False), strict=True)
+            vectors |= zip(numbers, pool(model, reading, self.pooling, self.layer, normalize=False), strict=True)
         features["sentence_embedding"] = torch.stack([vectors[number] for number in range(len(rows))])
         return features
 
