@@ -34,6 +34,7 @@ from transformers import GPT2Model
 from recur_gpt2 import DocumentEmbedder
 from recur_gpt2.accounting import peak_resident
 from recur_gpt2.allocator import tune_allocator
+from recur_gpt2.embedding import BATCH_TOKENS
 from recur_gpt2.fresh_runs import Record
 from recur_gpt2.loading import load_any, load_tokenizer
 from recur_gpt2.side_by_side import Reader, Tokens
@@ -148,13 +149,13 @@ def _cell(scores):
 
 @torch.no_grad()
 def run_speed(args):
-    """Documents of one length, in turns; then of 10 to 100,000 tokens."""
+    """Documents of one length, in turns; then of 10 to 100,000 tokens. All layers are read, as transformers does."""
     embedder = DocumentEmbedder.from_pretrained(OURS)
     length = args.tokens // 16
     text = " the" * length
     documents = [text] * 16
     gpt2 = GPT2Model.from_pretrained(GPT2, attn_implementation="sdpa", dtype=torch.float32).eval()
-    window, batch = embedder.model.config.window, 8192
+    window, batch = embedder.model.config.window, BATCH_TOKENS
     ids = torch.from_numpy(np.stack([embedder.encoder(each) for each in documents]).astype(np.int64))
 
     def bare(ids):
@@ -168,7 +169,7 @@ def run_speed(args):
     variants = {
         "transformers, windows apart": lambda: bare(ids),
         "transformers, windows that overlap": overlapped,
-        "ours, from text": lambda: embedder.encode(documents, batch_tokens=batch),
+        "ours, from text": lambda: embedder.encode(documents, layer=-1, batch_tokens=batch),
         "ours, from tokens": lambda: read(embedder, [row.numpy() for row in ids], batch),
     }
     seconds = {name: [] for name in variants}
