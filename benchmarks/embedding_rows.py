@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 from common import ROOT
@@ -14,6 +16,7 @@ from recur_gpt2.side_by_side import Reader, Tokens
 
 GPT2, OURS = str(ROOT / "data" / "gpt2-mini"), str(ROOT / "data" / "recur-gpt2-mini")
 GROUP = 4  # texts read side by side
+OTHERS = 16  # the same where they lend each other their memory: the more, the less it tells about its reader's book
 
 
 def rows(window):
@@ -23,28 +26,46 @@ def rows(window):
         "gpt2-mini, overlapping": lambda: states(load_any(GPT2, window), overlapping),
         "ours, state removed": lambda: states(plain_copy(load_any(OURS)), disjoint),
         "ours, overlapping without state": lambda: states(plain_copy(load_any(OURS)), overlapping),
-        "ours, another's state": lambda: states(load_any(OURS), shuffled),
+        "ours, another's state": lambda: states(load_any(OURS), shuffled, group=OTHERS),
         "ours": lambda: ours(load_any(OURS)),
+        "gpt2-mini, disjoint, last layer": lambda: states(load_any(GPT2, window), disjoint, -1),
+        "gpt2-mini, overlapping, last layer": lambda: states(load_any(GPT2, window), overlapping, -1),
+        "ours, state removed, last layer": lambda: states(plain_copy(load_any(OURS)), disjoint, -1),
         "ours, last layer": lambda: ours(load_any(OURS), -1),
         "TF-IDF": tf_idf,
         "MiniLM, chunks averaged": minilm,
     }
 
 
-def states(model, read, layer=None):
+def states(model, read, layer=None, group=GROUP):
     """Means of a layer's hidden states, of the default one or another, read in some way."""
 
     reader = Reader(model.transformer, checked_layer(model, layer), 1)
 
-    def hidden(texts):
-        for start in range(0, len(texts), GROUP):
-            yield from read(reader, [text.ids for text in texts[start : start + GROUP]])
+    def each(texts, pool):
+        """`pool` of the hidden states of every text; texts of one book are read apart from each other."""
+        order, found = _in_turns([text.book for text in texts]), [None] * len(texts)
+        for start in range(0, len(texts), group):
+            here = order[start : start + group]
+            for number, hidden in zip(here, read(reader, [texts[n].ids for n in here]), strict=True):
+                found[number] = pool(hidden)
+        return found
 
     def beginnings(texts, window):
         starts = range(0, len(texts[0].ids), window)
-        return [np.array([each[at : at + FIRST].mean(axis=0) for at in starts]) for each in hidden(texts)]
+        return each(texts, lambda hidden: np.array([hidden[at : at + FIRST].mean(axis=0) for at in starts]))
 
-    return Embed(lambda texts: {"mean": np.array([each.mean(axis=0) for each in hidden(texts)])}, beginnings)
+    return Embed(lambda texts: {"mean": np.array(each(texts, lambda hidden: hidden.mean(axis=0)))}, beginnings)
+
+
+def _in_turns(books):
+    """The order that takes the first text of each book, then the second one of each, and so on."""
+    seen = Counter()
+    turns = []
+    for book in books:
+        turns.append(seen[book])
+        seen[book] += 1
+    return sorted(range(len(books)), key=lambda number: (turns[number], number))
 
 
 def ours(model, layer=None):
@@ -88,13 +109,14 @@ def overlapping(reader, ids):
 
 @torch.no_grad()
 def shuffled(reader, ids):
-    """Each window with the memory that another text's window before has left."""
+    """Each window with the memory that another text's window before has left, every time the next one's."""
     window, true = reader.model.config.window, reader.start(len(ids))
     pieces = [[] for _ in ids]
     for start in range(0, max(map(len, ids)), window):
         here = [row for row, own in enumerate(ids) if len(own) > start]
         tokens = [ids[row][start : start + window] for row in here]
-        _, hidden = reader.step(true.select([(row + 1) % len(ids) for row in here]), tokens)
+        shift = 1 + max(0, start // window - 1) % max(1, len(ids) - 1)
+        _, hidden = reader.step(true.select([(row + shift) % len(ids) for row in here]), tokens)
         for row, each, own in zip(here, hidden, tokens, strict=True):
             pieces[row].append(each[: len(own)].numpy())
         full = [n for n, own in enumerate(tokens) if len(own) == window]
