@@ -23,8 +23,9 @@ from .pooling import check_pooling, dimension, pool
 from .side_by_side import Reader, Tokens
 from .tokenization import Encoder
 
-# Chosen by measurement (docs/embedding.md): the mean, of a layer two thirds of the way up.
-POOLING, HEIGHT = "mean", 2 / 3
+# Chosen by measurement (docs/embedding.md): documents by the mean over a layer two thirds of the way up; tokens, and
+# what lies within a document, by the last one, which knows most of what came before.
+POOLING, HEIGHT, INSIDE = "mean", 2 / 3, -1
 BATCH_TOKENS = 2048  # as fast as more on a CPU; a GPU wants more
 CHUNK_BATCHES = 256  # batches' worth of text that encode_iter sorts by length at a time
 CHARACTERS_PER_TOKEN = 4  # about; English
@@ -58,8 +59,9 @@ class DocumentEmbedder:
             window left for the next one (zero for a document shorter than a window); or "mean+memory", both at unit
             length, one behind the other: twice as wide.
         layer: whose output it is, 1 to the number of layers, 0 for the embeddings; negative ones count from the last,
-            -1; None for the one two thirds of the way up. As transformers' `hidden_states`, the final norm is applied
-            to the last layer alone. Layers above are not computed.
+            -1. Default: for vectors of documents None, the one two thirds of the way up; for those of tokens, windows
+            and passages the last. As transformers' `hidden_states`, the final norm is applied to the last layer
+            alone. Layers above are not computed.
         normalize: scale each vector to unit length.
         batch_tokens: tokens that go through the model at once: memory against speed.
     """
@@ -149,7 +151,7 @@ class DocumentEmbedder:
         return self._encode_chunks(chunks, options)
 
     def encode_tokens(
-        self, document: str, *, layer: int | None = None, batch_tokens: int = BATCH_TOKENS
+        self, document: str, *, layer: int | None = INSIDE, batch_tokens: int = BATCH_TOKENS
     ) -> Iterator[TokenVectors]:
         """A contextual vector for each token, with all the document before it as context, window by window."""
         layer = self.check("mean", layer, batch_tokens)["layer"]
@@ -157,7 +159,7 @@ class DocumentEmbedder:
         return self._walk(document, layer, batch_tokens)
 
     def encode_windows(
-        self, document: str, *, layer: int | None = None, normalize: bool = False, batch_tokens: int = BATCH_TOKENS
+        self, document: str, *, layer: int | None = INSIDE, normalize: bool = False, batch_tokens: int = BATCH_TOKENS
     ) -> WindowVectors:
         """For each window the mean of its tokens' vectors, and the characters that it covers."""
         vectors, spans = [np.empty((0, self.dimension()), np.float32)], [np.empty((0, 2), np.int64)]
@@ -171,7 +173,7 @@ class DocumentEmbedder:
         document: str,
         spans: Sequence[tuple[int, int]],
         *,
-        layer: int | None = None,
+        layer: int | None = INSIDE,
         normalize: bool = False,
         batch_tokens: int = BATCH_TOKENS,
     ) -> np.ndarray:
