@@ -41,7 +41,9 @@ from recur_gpt2.side_by_side import Reader, Tokens
 
 SCORES = ("retrieval: at 1", "retrieval: MRR", "retrieval, centred: at 1", "retrieval, centred: MRR")
 SCORES += ("boundary", "chapters")
-DIFFERENCES = ("gpt2-mini, disjoint: mean", "gpt2-mini, overlapping: mean", "ours, state removed: mean")
+BASES = ("gpt2-mini, disjoint", "gpt2-mini, overlapping", "ours, state removed")
+DIFFERENCES = [(f"ours{layer}: mean", f"{base}{layer}: mean") for layer in ("", ", last layer") for base in BASES]
+DIFFERENCES.append(("ours: mean", "ours, another's state: mean"))
 HEAD = ("vectors", "same book at 1", "MRR", "at 1, centred", "MRR, centred", "first 32 tokens", "chapters")
 
 
@@ -81,14 +83,13 @@ def main():
 def run_quality(args):
     window = load_any(OURS).config.window
     found = make_rows(args, window, rows(window))
-    for base in DIFFERENCES:
-        if {base, "ours: mean"} <= found.keys():
-            print(f"ours: mean - {base}, with 95% intervals over books:")
-            for score in SCORES:
-                difference = found["ours: mean"][score] - found[base][score]
-                low, high = interval(difference)
-                print(f"  {score}: {difference.mean():+.3f} ({low:+.3f} to {high:+.3f})")
-            print()
+    print("| difference | " + " | ".join(HEAD[1:]) + " |\n" + "|---" * len(HEAD) + "|")
+    for name, base in DIFFERENCES:
+        if {name, base} <= found.keys():
+            differences = (found[name][score] - found[base][score] for score in SCORES)
+            cells = [f"{each.mean():+.3f} ({'{:+.2f} to {:+.2f}'.format(*interval(each))})" for each in differences]
+            print("| " + " | ".join([f"{name} - {base}", *cells]) + " |")
+    print()
     return {"split": args.split}
 
 
@@ -208,13 +209,14 @@ def read(embedder, ids, batch):
 
 
 def run_memory(args):
-    """Documents of 10,000 and of 1,000,000 tokens, each in a process of its own that holds the longer one's text."""
-    found = [fresh(__file__, {"tokens": count}) for count in (10_000, 1_000_000)]
+    """Documents of 10,000 to 1,000,000 tokens, each in a process of its own that holds the longest one's text."""
+    found = [fresh(__file__, {"tokens": count}) for count in (10_000, 100_000, 1_000_000)]
     mib = [[each[key] / 2**20 for key in ("peak", "above")] for each in found]
     rows = [[f"{each['tokens']:,}", *(f"{n:,.1f}" for n in some)] for each, some in zip(found, mib, strict=True)]
     print_table(["tokens", "peak MiB of the process", "above what it held before"], rows)
-    short, long = found
-    print(f"ratio of the peaks: {long['peak'] / short['peak']:.4f}\n")
+    for short in found[:-1]:
+        print(f"peak of the longest to that of {short['tokens']:,}: {found[-1]['peak'] / short['peak']:.4f}")
+    print()
     return {"runs": found}
 
 
