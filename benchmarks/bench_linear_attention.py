@@ -1,7 +1,11 @@
-"""Linear against softmax attention: forward plus backward of one layer's attention, in CPU time of one thread.
+"""Linear against softmax attention: forward plus backward of one layer's attention.
 
     python benchmarks/bench_linear_attention.py
     python benchmarks/bench_linear_attention.py --lengths 512 --precisions float32 --chunks 32 64 128
+    python benchmarks/bench_linear_attention.py --device cuda --tokens 65536    # beside flash-linear-attention's
+
+On the CPU in CPU time of one thread, on CUDA in wall-clock time, there with `chunk_linear_attn` of the package
+flash-linear-attention too, if it is installed.
 
 Kernels take turns, and a ratio compares runs of the same round. Every call reads --tokens tokens (or one row, if that
 is longer) with 4 heads of 64; queries, keys and values lie in memory as a projection leaves them, features as a map
@@ -42,7 +46,7 @@ def main() -> None:
     result = {
         "benchmark": "linear_attention",
         "settings": vars(args),
-        "machine": machine("cpu"),
+        "machine": machine(args.device),
         "rows": [],
         "step": [],
     }
@@ -62,6 +66,7 @@ def main() -> None:
 def parse() -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096], help="T")
     add("--features", type=int, nargs="+", default=[32, 64], help="k")
     add("--precisions", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
@@ -101,19 +106,21 @@ def softmax_kernels(args, length):
     rows = max(1, args.tokens // length)
     nobody = torch.zeros(rows, dtype=torch.bool)
     ours = partial(window_attention, memory=None, has_memory=nobody, scale=WIDTH**-0.5)
-    inputs = partial(projected, rows, length)
+    inputs = partial(projected, rows, length, args.device)
     return {BASELINE: (partial(sdpa, is_causal=True), inputs), "window_attention": (ours, inputs)}
 
 
 def linear_kernels(args, length, features, dtype):
     rows = max(1, args.tokens // length)
-    feature_map = make_feature_map("t2r", HEADS, WIDTH, features).to(dtype)
+    there = {"device": args.device, "dtype": dtype}
+    feature_map = make_feature_map("t2r", HEADS, WIDTH, features).to(**there)
 
     def mapped(query, key, value):
         return chunked(*feature_map.features(query, key), value)
 
-    near_map, gate = make_feature_map("hedgehog", HEADS, WIDTH, features).to(dtype), FarGate(HEADS, WIDTH, args.near)
-    in_front = (torch.arange(args.near + length) >= args.near).expand(rows, -1)  # nothing is
+    near_map = make_feature_map("hedgehog", HEADS, WIDTH, features).to(**there)
+    gate = FarGate(HEADS, WIDTH, args.near).to(args.device)
+    in_front = (torch.arange(args.near + length, device=args.device) >= args.near).expand(rows, -1)  # nothing is
 
     def near(query, key, value):
         key, value = (pad(each, (0, 0, args.near, 0)) for each in (key, value))
@@ -121,45 +128,70 @@ def linear_kernels(args, length, features, dtype):
         scaled = query * WIDTH**-0.5
         return near_attention(scaled, key, value, *phi, gate(scaled), mask=in_front)
 
-    inputs = partial(mapped_inputs, rows, length, features)
+    inputs = partial(mapped_inputs, rows, length, features, args.device)
     kernels = {f"chunked, C = {size}": (partial(chunked, chunk=size), inputs) for size in args.chunks if size <= length}
-    kernels["t2r + chunked"] = (mapped, partial(projected, rows, length))
-    kernels["hedgehog + near"] = (near, partial(projected, rows, length))
+    if args.device == "cuda" and (theirs := flash_linear_attention()) is not None:
+        kernels["flash-linear-attention"] = (theirs, inputs)
+    kernels["t2r + chunked"] = (mapped, partial(projected, rows, length, args.device))
+    kernels["hedgehog + near"] = (near, partial(projected, rows, length, args.device))
     if length <= NAIVE_LIMIT:
         kernels["naive"] = (naive, inputs)
     return kernels
 
 
-def projected(rows, length, dtype):
+def flash_linear_attention():
+    """The other package's kernel, with arguments as ours; None where it is not installed."""
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn
+    except ImportError:
+        return None
+
+    def kernel(query, key, value):
+        by_token = (each.transpose(1, 2) for each in (query, key, value))  # (B, T, H, ...)
+        return chunk_linear_attn(*by_token, scale=1.0, normalize=True)[0]
+
+    return kernel
+
+
+def projected(rows, length, device, dtype):
     """q, k and v: (B, T, 3, H, d) in memory, seen as (B, H, T, d)."""
-    parts = torch.randn(rows, length, 3, HEADS, WIDTH, dtype=dtype).unbind(dim=2)
+    parts = torch.randn(rows, length, 3, HEADS, WIDTH, dtype=dtype, device=device).unbind(dim=2)
     return [part.transpose(1, 2).requires_grad_() for part in parts]
 
 
-def mapped_inputs(rows, length, features, dtype):
+def mapped_inputs(rows, length, features, device, dtype):
     """phi(q) and phi(k) (B, H, T, k), and v."""
-    phi = [torch.rand(rows, HEADS, length, features, dtype=dtype).requires_grad_() for _ in range(2)]
-    return [*phi, projected(rows, length, dtype)[2]]
+    shape = rows, HEADS, length, features
+    phi = [torch.rand(shape, dtype=dtype, device=device).requires_grad_() for _ in range(2)]
+    return [*phi, projected(rows, length, device, dtype)[2]]
 
 
 def milliseconds(kernel, inputs):
-    """CPU time of forward plus backward."""
-    began = time.process_time()
+    """Time of forward plus backward."""
+    began = now(inputs[0].device)
     out = kernel(*inputs)
     out = out[0] if isinstance(out, tuple) else out
     out.backward(torch.ones_like(out))
-    return 1e3 * (time.process_time() - began)
+    return 1e3 * (now(inputs[0].device) - began)
+
+
+def now(device):
+    """Seconds: of this process on the CPU, of the clock once a GPU is done."""
+    if torch.device(device).type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @torch.no_grad()
 def time_step(batch, dtype, args):
-    """Median CPU time of `step` with the largest k."""
-    query, key, value = mapped_inputs(batch, 1, max(args.features), dtype)
+    """Median time of `step` with the largest k."""
+    query, key, value = mapped_inputs(batch, 1, max(args.features), args.device, dtype)
     state, times = absorb(key, value), []
     for _ in range(50 * args.repeats):
-        began = time.process_time()
+        began = now(args.device)
         _, state = step(query, key, value, state)
-        times.append(1e6 * (time.process_time() - began))
+        times.append(1e6 * (now(args.device) - began))
     return {"precision": str(dtype)[6:], "batch": batch, "microseconds": statistics.median(times)}
 
 
