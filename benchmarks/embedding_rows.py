@@ -39,16 +39,15 @@ def rows(window):
 
 def states(model, read, layer=None, group=GROUP):
     """Means of a layer's hidden states, of the default one or another, read in some way."""
-
     reader = Reader(model.transformer, checked_layer(model, layer), 1)
 
-    def each(texts, pool):
-        """`pool` of the hidden states of every text; texts of one book are read apart from each other."""
+    def each(texts, summarise):
+        """`summarise` of the hidden states of every text; texts of one book are read apart from each other."""
         order, found = _in_turns([text.book for text in texts]), [None] * len(texts)
         for start in range(0, len(texts), group):
             here = order[start : start + group]
             for number, hidden in zip(here, read(reader, [texts[n].ids for n in here]), strict=True):
-                found[number] = pool(hidden)
+                found[number] = summarise(hidden)
         return found
 
     def beginnings(texts, window):
