@@ -25,7 +25,6 @@ TOKENS, HEADS, WIDTH = 2048, 4, 64
 
 def kernels(memory, slots, length, gradient):
     """{name: function of query, key, value}"""
-    visible = attention.visible_places(length, slots, None, torch.device("cpu"))
     future = attention._future(length, slots, memory[0].dtype)
 
     def products(query, key, value, bias):
@@ -37,8 +36,8 @@ def kernels(memory, slots, length, gradient):
     step = attention.QUERIES if gradient else attention.QUERIES_WITHOUT_GRADIENT
     return {
         "no memory, sdpa": lambda q, k, v: sdpa(q, k, v, is_causal=True),
-        "sdpa, mask": with_memory(sdpa, visible, length),
-        "sdpa, in steps": with_memory(sdpa, visible, step),
+        "sdpa, mask": with_memory(sdpa, future, length),
+        "sdpa, in steps": with_memory(sdpa, future, step),
         "products": with_memory(products, future, length),
         "products, in steps": with_memory(products, future, attention.QUERIES_IN_PRODUCTS),
     }

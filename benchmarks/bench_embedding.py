@@ -199,8 +199,7 @@ def run_speed(args):
 def read(embedder, ids, batch):
     """-> the reader, after all documents"""
     reader = Reader(embedder.model.transformer, embedder.model.config.n_layer, batch)
-    order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))
-    for _ in reader.documents((number, Tokens(iter([ids[number]]))) for number in order):
+    for _ in reader.all([len(each) for each in ids], lambda number: Tokens(iter([ids[number]]))):
         pass
     return reader
 

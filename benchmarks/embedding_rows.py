@@ -78,9 +78,8 @@ def every_pooling(model, layer: int, texts: list[Text]) -> dict[str, np.ndarray]
     """One reading, pooled in each way."""
     core, width = model.transformer, model.config.n_embd
     found = {name: np.zeros((len(texts), width * (1 + (name == "mean+memory")))) for name in POOLINGS}
-    order = sorted(range(len(texts)), key=lambda n: -len(texts[n].ids))
-    documents = ((number, Tokens(iter([texts[number].ids]))) for number in order)
-    for numbers, reading in Reader(core, layer, GROUP * model.config.window).documents(documents):
+    reader, lengths = Reader(core, layer, GROUP * model.config.window), [len(text.ids) for text in texts]
+    for numbers, reading in reader.all(lengths, lambda number: Tokens(iter([texts[number].ids]))):
         for name, vectors in found.items():
             vectors[numbers] = pool(core, reading, name, layer, normalize=False).numpy()
     return found

@@ -56,8 +56,7 @@ def window_attention(
         return sdpa(query, key, value, attn_mask=causal_lower_right(length, slots + length), **options)
     if query.device.type != "cpu":
         return sdpa(query, key, value, attn_mask=visible_places(length, slots, some, query.device), **options)
-    alike = some is None
-    mask = _future(length, slots, query.dtype) if alike else visible_places(length, slots, some, query.device)
+    mask = _future(length, slots, query.dtype) if some is None else visible_places(length, slots, some, query.device)
     step = QUERIES if torch.is_grad_enabled() else QUERIES_WITHOUT_GRADIENT
     return _in_steps(partial(sdpa, **options), query, key, value, mask, step)
 

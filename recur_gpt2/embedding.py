@@ -220,9 +220,8 @@ class DocumentEmbedder:
     def _read(self, texts, progress, *, pooling, layer, batch_tokens, normalize):
         """-> numbers of texts and their vectors, as they are read."""
         model = self.model.transformer
-        order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
-        documents = ((number, Tokens(self.encoder.stream(texts[number]))) for number in order)
-        for numbers, reading in Reader(model, layer, batch_tokens).documents(documents, progress):
+        reader, lengths = Reader(model, layer, batch_tokens), [len(text) for text in texts]
+        for numbers, reading in reader.all(lengths, lambda n: Tokens(self.encoder.stream(texts[n])), progress):
             yield numbers, pool(model, reading, pooling, layer, normalize=normalize).cpu().numpy()
 
     def _encode_chunks(self, chunks, options):

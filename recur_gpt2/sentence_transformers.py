@@ -76,11 +76,10 @@ class RecurGPT2Embedding(InputModule):
         """Adds sentence_embedding, (B, D) float32."""
         lengths = features["attention_mask"].sum(dim=1).tolist()
         rows = [row[:length].cpu().numpy() for row, length in zip(features["input_ids"], lengths, strict=True)]
-        order = sorted(range(len(rows)), key=lambda number: -lengths[number])
         model = self.model.transformer
         vectors: dict[int, Tensor] = {}
         reader = Reader(model, self.layer, self.batch_tokens)
-        for numbers, reading in reader.documents((number, Tokens(iter([rows[number]]))) for number in order):
+        for numbers, reading in reader.all(lengths, lambda number: Tokens(iter([rows[number]]))):
             vectors |= zip(numbers, pool(model, reading, self.pooling, self.layer, normalize=False), strict=True)
         features["sentence_embedding"] = torch.stack([vectors[number] for number in range(len(rows))])
         return features

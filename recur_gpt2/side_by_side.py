@@ -132,6 +132,21 @@ class Reader:
                     tails = []
         yield from self._ends(tails, report)
 
+    def all(
+        self,
+        lengths: Sequence[int],
+        tokens: Callable[[int], Tokens],
+        report: Callable[[int, int], None] = lambda *_: None,
+    ) -> Iterator[tuple[list[int], Reading]]:
+        """`documents`, of numbers 0 to n - 1, put in the order that it wants.
+
+        Args:
+            lengths: n numbers, in any unit.
+            tokens: a document's number -> its tokens; called when its turn comes.
+        """
+        order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+        return self.documents(((number, tokens(number)) for number in order), report)
+
     def _whole_windows(self, group, report):
         """Read all whole windows of some documents -> what is left of each."""
         window, reading = self.model.config.window, self.start(len(group))
