@@ -26,6 +26,7 @@ DISTIL_STEPS = 100  # of Adam, for all feature maps together
 DISTIL_RATE = 1e-2  # where these begin
 LONGEST_FIT = 256  # tokens that feature maps are fitted on: the fit is quadratic in them
 SAMPLES = 32  # stretches of tokens that the position shifts are averaged over
+SAMPLED_TOKENS = 2048  # of them read at a time: building a model must not take more memory than using it
 FREQUENCY_CONTEXT = 2  # random tokens before the model is asked how frequent each token is
 
 
@@ -192,8 +193,12 @@ def _likely_tokens(model, shape):
 
 def _mean_keys_and_values(model, tokens, positions) -> list[Tensor]:
     """Each layer's mean keys and values (2, H, n, d) of plain GPT-2 over (samples, n) tokens at (n,) positions."""
-    read = _read_plainly(model, tokens, positions)
-    return [torch.stack((key.mean(dim=0), value.mean(dim=0))) for _, _, key, value in islice(read, len(model.h))]
+    sums = [0.0] * len(model.h)
+    for samples in tokens.split(max(1, SAMPLED_TOKENS // len(positions))):
+        read = islice(_read_plainly(model, samples, positions), len(model.h))
+        for layer, (_, _, key, value) in enumerate(read):
+            sums[layer] = sums[layer] + torch.stack((key.sum(dim=0), value.sum(dim=0)))
+    return [each / len(tokens) for each in sums]
 
 
 def _read_plainly(model, tokens, positions) -> Iterator[tuple[Tensor, ...]]:

@@ -12,6 +12,8 @@ IGNORE = -100
 # same for any number of them (docs/performance.md); elsewhere few large kernels, a quarter of a gigabyte of logits.
 CPU_ROWS = 256
 LOGITS = 2**26
+CPU_LOGITS = 2**23  # at most: rows of GPT-2's own vocabulary are long
+VOCABULARY_ROWS = 8192  # of the head, whose gradient a chunk adds to: a whole one beside the sum would be as large
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -41,16 +43,46 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     Under autocast the products run in the autocast type; the softmax and the sums are never in 16 bit.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = _dtype(hidden)
     if not torch.is_grad_enabled():  # apply does not ask, and would make gradients that nobody wants
         hidden, weight = hidden.detach(), weight.detach()
     return _SummedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), dtype)
 
 
+def accumulate_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor | None:
+    """The backward pass of `scale * summed_loss(...)` at once: the head's gradient is added to `weight.grad` in place.
+
+    So that no second tensor as large as the head stands beside its gradient.
+
+    Args:
+        weight: (V, D), a leaf; left alone if it needs no gradient.
+        scale: (), what the loss's gradient is multiplied by.
+
+    Returns:
+        The gradient of `hidden`; None if it needs none.
+    """
+    with torch.no_grad():
+        if weight.requires_grad and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        wanted = hidden.requires_grad, weight.requires_grad
+        flat = hidden.detach().flatten(0, -2)
+        into = weight.grad if weight.requires_grad else None
+        _, (grad_hidden, _) = _loss_and_gradients(
+            flat, weight.detach(), targets.flatten(), _dtype(hidden), wanted, scale, into
+        )
+    return None if grad_hidden is None else grad_hidden.view(hidden.shape).to(hidden.dtype)
+
+
+def _dtype(hidden):
+    """What the products run in: the autocast type, if there is one."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 def _chunks(hidden, weight):
     """Slices of the rows of `hidden` (N, D)."""
-    step = CPU_ROWS if hidden.device.type == "cpu" else max(CPU_ROWS, LOGITS // len(weight))
+    on_cpu = hidden.device.type == "cpu"
+    step = max(1, min(CPU_ROWS, CPU_LOGITS // len(weight))) if on_cpu else max(CPU_ROWS, LOGITS // len(weight))
     return [slice(start, min(start + step, len(hidden))) for start in range(0, len(hidden), step)]
 
 
@@ -80,11 +112,14 @@ class _SummedLoss(torch.autograd.Function):
         return *scaled, None, None
 
 
-def _loss_and_gradients(hidden, weight, targets, dtype, wanted):
-    """(N, D), (V, D), (N,) -> the loss (), and its gradients (N, D) and (V, D), None where not `wanted`."""
+def _loss_and_gradients(hidden, weight, targets, dtype, wanted, scale=1.0, into=None):
+    """(N, D), (V, D), (N,) -> the loss (), and its gradients (N, D) and (V, D), None where not `wanted`.
+
+    The gradients are multiplied by `scale`; that of the weight is added to `into` (V, D), if given.
+    """
     low, head, wide = hidden.to(dtype), weight.to(dtype), torch.promote_types(dtype, torch.float32)
     grad_hidden = torch.empty_like(low) if wanted[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+    grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] and into is None else into
     total = low.new_zeros((), dtype=wide)
     scored = (targets != IGNORE)[:, None]
     for rows in _chunks(low, head):
@@ -92,9 +127,11 @@ def _loss_and_gradients(hidden, weight, targets, dtype, wanted):
         total += loss
         # Rows that are not scored are left out here, where they have D numbers and not V.
         if wanted[0]:
-            torch.mm(gradient, head, out=grad_hidden[rows]).mul_(scored[rows])
+            torch.mm(gradient, head, out=grad_hidden[rows]).mul_(scored[rows] * scale)
         if wanted[1]:
-            grad_weight += gradient.T @ (low[rows] * scored[rows])
+            parts = zip(gradient.split(VOCABULARY_ROWS, dim=1), grad_weight.split(VOCABULARY_ROWS), strict=True)
+            for part, summed in parts:
+                summed += (part.T @ (low[rows] * scored[rows])).to(wide).mul_(scale)
         del gradient  # as large as the logits: gone before the next one is made
     return total, (grad_hidden, grad_weight)
 

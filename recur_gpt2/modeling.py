@@ -11,6 +11,7 @@ B rows, N tokens, W windows, T tokens a window, D model width, M memory slots, V
 from __future__ import annotations
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
@@ -19,7 +20,7 @@ from .configuration import OWN_FIELDS, RecurGPT2Config
 from .errors import InputError
 from .feature_maps import FeatureMap
 from .initialization import fit_feature_maps, fit_slots, load_gpt2
-from .layers import RecurGPT2Block, is_new
+from .layers import STATE_DECAY, RecurGPT2Block, is_new
 from .losses import IGNORE, summed_loss
 from .near_attention import FarGate
 from .outputs import RecurGPT2LMOutput, RecurGPT2Output
@@ -28,6 +29,8 @@ from .reading import FreshWindows, ResumedWindows
 from .recurrence import LayerMemory, PooledMemory, make_recurrence
 from .state import RecurState
 from .walking import LayerWalk, PooledWalk, Teach
+
+NEW_MODULES = LayerMemory | PooledMemory | FeatureMap | FarGate  # what GPT-2 has not
 
 
 class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
@@ -41,7 +44,7 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, LayerMemory | PooledMemory | FeatureMap | FarGate):
+        if isinstance(module, NEW_MODULES):
             module.reset_parameters()
 
     @classmethod
@@ -66,12 +69,14 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
         fields = base.config.to_dict() | options
         fields |= {"window": window, "recurrence": recurrence, "architectures": [cls.__name__]}
         fields.pop("model_type")
-        model = cls(RecurGPT2Config(**fields)).to(base.dtype)
+        with init_empty_weights(include_buffers=False):  # the weights are taken over, not copied
+            model = cls(RecurGPT2Config(**fields))
         source = base if hasattr(model, "lm_head") else base.transformer
-        missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
+        missing, unexpected = model.load_state_dict(source.state_dict(), strict=False, assign=True)
         alien = [name for name in missing if not is_new(name)] + unexpected
         if alien:
             raise InputError(f"{name_or_path} does not hold a whole GPT-2; these weights do not fit: {alien[:5]}")
+        _make_new_parameters(model, base.dtype)
         core = getattr(model.eval(), "transformer", model)
         fit_slots(core)
         fit_feature_maps(core)
@@ -310,6 +315,22 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel):
         targets = targets.masked_fill(~inside.to(targets.device), IGNORE)
         scored = (targets != IGNORE).sum().clamp_min(1)
         return summed_loss(packing.pack(hidden), self.lm_head.weight, targets) / scored
+
+
+def _make_new_parameters(model, dtype):
+    """Tie the weights again, and make the parameters that are none of GPT-2's."""
+    model.tie_weights()
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_meta:
+                made = torch.empty_like(tensor, dtype=dtype, device="cpu")
+                setattr(module, name, nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, NEW_MODULES):
+                module.reset_parameters()
+            elif isinstance(module, RecurGPT2Block) and module.state_decay is not None:
+                module.state_decay.fill_(STATE_DECAY)
 
 
 AutoConfig.register(RecurGPT2Config.model_type, RecurGPT2Config)

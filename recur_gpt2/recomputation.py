@@ -31,9 +31,15 @@ class Block(Protocol):
     def loss(self, hidden: Tensor) -> Tensor:
         """Hidden states -> ()."""
 
+    def loss_backward(self, hidden: Tensor, grad_total: Tensor) -> Tensor | None:
+        """The backward pass of `loss`: adds to its parameters' gradients -> the gradient of the hidden states, if any."""
+
 
 def recomputed(blocks: Sequence[Block], state: RecurState, parameters: Sequence[Tensor]) -> tuple[Tensor, RecurState]:
     """Read blocks one after another and sum their losses; the same as without recomputation, gradients included.
+
+    As with PyTorch's own reentrant checkpointing, the backward pass must be `backward()` without `inputs`: it adds to the
+    parameters' `.grad` as it goes, since a second set of gradients would cost as much memory as the weights.
 
     Args:
         state: before the first block, with no unfinished windows.
@@ -44,7 +50,8 @@ def recomputed(blocks: Sequence[Block], state: RecurState, parameters: Sequence[
     """
     parameters = [each for each in parameters if each.requires_grad]
     walk = _Walk(blocks, parameters)
-    total, *memory = _Recomputed.apply(walk, state, *state.memory.values(), *parameters)
+    # The parameter is there for the graph alone: a result that nothing asks a gradient of would have no backward pass.
+    total, *memory = _Recomputed.apply(walk, state, parameters[0], *state.memory.values())
     return total, replace(walk.after, memory=dict(zip(walk.names, memory, strict=True)))
 
 
@@ -58,7 +65,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total, *grad_memory):
-        return None, None, *ctx.walk.backward(grad_total, grad_memory)
+        return None, None, None, *ctx.walk.backward(grad_total, grad_memory)
 
 
 class _Walk:
@@ -94,23 +101,17 @@ class _Walk:
         return total, *state.memory.values()
 
     def backward(self, grad_total, grad_memory):
-        """Gradients of the total and of the last state's memory -> of the first state's memory and the parameters."""
+        """Gradients of the total and of the last state's memory -> of the first state's memory; parameters get theirs."""
         if not self.kept:
             raise RuntimeError("a recomputed segment frees its states in the backward pass: it cannot go twice")
+        if not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError("a recomputed segment adds to .grad: call backward() without inputs, not autograd.grad")
         grad_memory = dict(zip(self.names, grad_memory, strict=True))
-        # Taken before anything large, and in one place: as many tensors made between the blocks' would tear the heap.
-        sums = [torch.zeros_like(parameter) for parameter in self.parameters]
-        used = set()
         while self.kept:
             stretch = self._stretch()
             while stretch:
-                grad_memory, gradients = self._through(*stretch.pop(), grad_total, grad_memory)
-                for number, gradient in enumerate(gradients):
-                    if gradient is not None:
-                        sums[number] += gradient
-                        used.add(number)
-                del gradients, gradient  # before the next block's are made
-        return *grad_memory.values(), *(each if number in used else None for number, each in enumerate(sums))
+                grad_memory = self._through(*stretch.pop(), grad_total, grad_memory)
+        return tuple(grad_memory.values())
 
     def _stretch(self):
         """The blocks from the last kept state on, each with the state and the random state before it."""
@@ -125,16 +126,17 @@ class _Walk:
         return stretch
 
     def _through(self, block, state, random, grad_total, grad_memory):
-        """Back through one block -> gradients of the memory before it, by name, and of the parameters."""
+        """Back through one block -> gradients of the memory before it, by name."""
         given = {name: tensor.detach().requires_grad_() for name, tensor in state.memory.items()}
         with self._as_forward(random), torch.enable_grad():
             hidden, after = block.read(replace(state, memory=given))
-            made = [(block.loss(hidden), grad_total)]
+            made = [(hidden, None if grad_total is None else block.loss_backward(hidden, grad_total))]
         made += [(after.memory[name], gradient) for name, gradient in grad_memory.items()]
-        outputs, gradients = zip(*(pair for pair in made if pair[0].requires_grad and pair[1] is not None), strict=True)
-        del hidden, after, made
-        found = torch.autograd.grad(outputs, [*given.values(), *self.parameters], gradients, allow_unused=True)
-        return dict(zip(given, found, strict=False)), found[len(given) :]
+        made = [pair for pair in made if pair[0].requires_grad and pair[1] is not None]
+        del hidden, after
+        if made:
+            torch.autograd.backward(*zip(*made, strict=True))
+        return {name: tensor.grad for name, tensor in given.items()}
 
     def _random(self):
         return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .losses import summed_loss
+from .losses import accumulate_gradients, summed_loss
 from .modeling import RecurGPT2LMHeadModel
 from .recomputation import recomputed
 from .state import RecurState
@@ -55,3 +55,6 @@ class _Block:
 
     def loss(self, hidden: Tensor) -> Tensor:
         return summed_loss(hidden, self.model.lm_head.weight, self.targets)
+
+    def loss_backward(self, hidden: Tensor, grad_total: Tensor) -> Tensor | None:
+        return accumulate_gradients(hidden, self.model.lm_head.weight, self.targets, grad_total)

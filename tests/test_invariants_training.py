@@ -35,11 +35,16 @@ def loss_of(model, segment, state=None, **arguments):
 
 
 def gradients(model, loss):
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.numel()}
-    made = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(named[name]) if each is None else each for name, each in zip(named, made, strict=True)
+    """As a backward pass leaves them, which checkpointing adds to as it goes."""
+    model.zero_grad()
+    loss.backward()
+    made = {
+        name: torch.zeros_like(each) if each.grad is None else each.grad
+        for name, each in model.named_parameters()
+        if each.numel()
     }
+    model.zero_grad()
+    return made
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recur_gpt2 import losses
-from recur_gpt2.losses import IGNORE, summed_loss, token_losses
+from recur_gpt2.losses import IGNORE, accumulate_gradients, summed_loss, token_losses
 
 WIDTH, VOCABULARY = 8, 31
 CHUNK = 4
@@ -191,6 +191,35 @@ def test_the_logits_of_all_positions_never_exist_together():
         token_losses(hidden, weight, targets)
     assert max(made.tensors)[0] == max(CHUNK * VOCABULARY, weight.numel())
     assert set(kept) <= {hidden.numel(), weight.numel(), targets.numel(), 1}
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("frozen", [None, 0, 1], ids=["both learn", "frozen hidden states", "frozen head"])
+def test_gradients_are_accumulated_as_a_backward_pass_would(frozen):
+    hidden, weight, targets = random_inputs(3 * CHUNK)
+    inputs = [each.detach().requires_grad_(number != frozen) for number, each in enumerate((hidden, weight))]
+    wanted = [each for each in inputs if each.requires_grad]
+    expected = dict(zip(map(id, wanted), torch.autograd.grad(2.5 * reference(*inputs, targets), wanted), strict=True))
+    for times in (1, 2):  # the head's sum goes on
+        grad_hidden = accumulate_gradients(*inputs, targets, torch.tensor(2.5))
+        if frozen == 0:
+            assert grad_hidden is None
+        else:
+            assert_close(grad_hidden, expected[id(inputs[0])])
+        if frozen == 1:
+            assert inputs[1].grad is None
+        else:
+            assert_close(inputs[1].grad, times * expected[id(inputs[1])])
+
+
+def test_accumulating_makes_nothing_as_large_as_the_head(monkeypatch):
+    monkeypatch.setattr(losses, "VOCABULARY_ROWS", VOCABULARY // 3)
+    hidden, weight, targets = random_inputs(3, dtype=torch.float32)
+    accumulate_gradients(hidden, weight, targets, torch.tensor(1.0))
+    here = {tensor.untyped_storage().data_ptr() for tensor in (weight, weight.grad)}
+    with Made() as made:
+        accumulate_gradients(hidden, weight, targets, torch.tensor(1.0))
+    assert {place for size, place in made.tensors if size == weight.numel()} <= here
 
 
 def test_the_backward_pass_makes_no_second_gradient_as_large_as_the_head():

@@ -35,7 +35,12 @@ def run(model, windows, state=None, **arguments):
 
 
 def gradients_of(model, total):
-    return torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    """As a backward pass leaves them, which recomputation adds to as it goes."""
+    model.zero_grad()
+    total.backward(retain_graph=True)
+    found = [None if each.grad is None else each.grad.clone() for each in model.parameters()]
+    model.zero_grad()
+    return found
 
 
 @pytest.mark.parametrize("block", [1, 2])
@@ -74,8 +79,8 @@ def test_gradients_flow_to_the_state_before(kind, of):
         memory = {name: tensor.clone().requires_grad_() for name, tensor in earlier.memory.items()}
         total, state = run(model, 3, RecurState(earlier.windows, earlier.filled, memory), checkpointing=checkpointing)
         behind = sum((tensor**2).sum() for tensor in state.memory.values())
-        wanted = [*memory.values(), *model.parameters()]
-        found.append(torch.autograd.grad(of[0] * total + of[1] * behind, wanted, allow_unused=True))
+        gradients = gradients_of(model, of[0] * total + of[1] * behind)
+        found.append([*(tensor.grad for tensor in memory.values()), *gradients])
     assert_close(*found)
     if of[0]:  # how far a state reaches another one depends on the number of layers
         assert all(gradient.any() for gradient in found[0][: len(earlier.memory)])
@@ -167,6 +172,45 @@ def test_states_are_freed_when_they_are_no_longer_needed():
         assert not any(reference() is not None for reference in states)
     finally:
         gc.enable()
+
+
+def test_gradients_are_added_to_those_of_earlier_segments():
+    model = tiny_model().double()
+    total, _ = run(model, 3)
+    once = gradients_of(model, total)
+    for _ in range(2):
+        run(model, 3, checkpointing=True)[0].backward()
+    assert_close([None if each.grad is None else each.grad / 2 for each in model.parameters()], once)
+
+
+def test_no_second_set_of_gradients_is_made():
+    """Beside the sums, a block's backward pass makes the embedding's gradient at most, one parameter at a time."""
+    model, alive, most = tiny_model(vocab_size=97), set(), []
+    run(model, 3, checkpointing=True)[0].backward()  # gradients are there
+    total, _ = run(model, 3, checkpointing=True)
+    weight = model.lm_head.weight
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            if torch.is_tensor(out) and out.shape == weight.shape and out.untyped_storage().data_ptr() not in known:
+                reference = weakref.ref(out.untyped_storage())
+                alive.add(reference)
+                alive.difference_update([each for each in alive if each() is None])
+                most.append(len(alive))
+            return out
+
+    known = {weight.untyped_storage().data_ptr(), weight.grad.untyped_storage().data_ptr()}
+    with Watch():
+        total.backward()
+    assert max(most) == 1
+
+
+def test_a_gradient_without_backward_is_refused():
+    model = tiny_model()
+    total, _ = run(model, 2, checkpointing=True)
+    with pytest.raises(RuntimeError, match=r"call backward\(\)"):
+        torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
 
 
 def test_a_second_backward_pass_is_refused():
