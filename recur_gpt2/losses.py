@@ -129,11 +129,15 @@ def _loss_and_gradients(hidden, weight, targets, dtype, wanted, scale=1.0, into=
         if wanted[0]:
             torch.mm(gradient, head, out=grad_hidden[rows]).mul_(scored[rows] * scale)
         if wanted[1]:
-            parts = zip(gradient.split(VOCABULARY_ROWS, dim=1), grad_weight.split(VOCABULARY_ROWS), strict=True)
-            for part, summed in parts:
-                summed += (part.T @ (low[rows] * scored[rows])).to(wide).mul_(scale)
+            _add_products(grad_weight, gradient, low[rows] * scored[rows], scale)
         del gradient  # as large as the logits: gone before the next one is made
     return total, (grad_hidden, grad_weight)
+
+
+def _add_products(total, gradient, hidden, scale):
+    """total (V, D) += scale * gradient (n, V)^T hidden (n, D), some rows at a time."""
+    for part, rows in zip(gradient.split(VOCABULARY_ROWS, dim=1), total.split(VOCABULARY_ROWS), strict=True):
+        rows += (part.T @ hidden).to(total.dtype).mul_(scale)
 
 
 def _chunk(hidden, head, targets, wide, wanted):

@@ -32,14 +32,14 @@ class Block(Protocol):
         """Hidden states -> ()."""
 
     def loss_backward(self, hidden: Tensor, grad_total: Tensor) -> Tensor | None:
-        """The backward pass of `loss`: adds to its parameters' gradients -> the gradient of the hidden states, if any."""
+        """The backward pass of `loss`: adds to its parameters' gradients -> that of the hidden states, if any."""
 
 
 def recomputed(blocks: Sequence[Block], state: RecurState, parameters: Sequence[Tensor]) -> tuple[Tensor, RecurState]:
     """Read blocks one after another and sum their losses; the same as without recomputation, gradients included.
 
-    As with PyTorch's own reentrant checkpointing, the backward pass must be `backward()` without `inputs`: it adds to the
-    parameters' `.grad` as it goes, since a second set of gradients would cost as much memory as the weights.
+    As with PyTorch's own reentrant checkpointing, the backward pass must be `backward()` without `inputs`: it adds to
+    the parameters' `.grad` as it goes, since a second set of gradients would cost as much memory as the weights.
 
     Args:
         state: before the first block, with no unfinished windows.
@@ -101,17 +101,34 @@ class _Walk:
         return total, *state.memory.values()
 
     def backward(self, grad_total, grad_memory):
-        """Gradients of the total and of the last state's memory -> of the first state's memory; parameters get theirs."""
+        """Gradients of the total and of the last state's memory -> of the first state's; parameters get theirs."""
         if not self.kept:
             raise RuntimeError("a recomputed segment frees its states in the backward pass: it cannot go twice")
         if not torch.autograd._is_checkpoint_valid():
             raise RuntimeError("a recomputed segment adds to .grad: call backward() without inputs, not autograd.grad")
         grad_memory = dict(zip(self.names, grad_memory, strict=True))
-        while self.kept:
-            stretch = self._stretch()
-            while stretch:
-                grad_memory = self._through(*stretch.pop(), grad_total, grad_memory)
+        with self._gradients_in_one_place():
+            while self.kept:
+                stretch = self._stretch()
+                while stretch:
+                    grad_memory = self._through(*stretch.pop(), grad_total, grad_memory)
         return tuple(grad_memory.values())
+
+    @contextmanager
+    def _gradients_in_one_place(self):
+        """Gradients to add to, made before anything large: made one by one between the blocks' tensors, they would tear
+        the heap. Parameters that took no part have none afterwards, as ever."""
+        new = [parameter for parameter in self.parameters if parameter.grad is None]
+        reached = set()
+        hooks = [each.register_hook(lambda _, each=each: reached.add(id(each))) for each in new]
+        for parameter in new:
+            parameter.grad = torch.zeros_like(parameter)
+        yield
+        for hook in hooks:
+            hook.remove()
+        for parameter in new:  # the head's is added to without a hook
+            if id(parameter) not in reached and not parameter.grad.any():
+                parameter.grad = None
 
     def _stretch(self):
         """The blocks from the last kept state on, each with the state and the random state before it."""

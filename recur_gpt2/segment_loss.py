@@ -29,7 +29,7 @@ class SegmentLoss(nn.Module):
         starts = segment.starts if self.args.recurrent else torch.ones_like(segment.starts)
         whole = segment.input_ids, segment.targets, starts
         parts = zip(*(tensor.split(self.args.block, dim=1) for tensor in whole), strict=True)
-        blocks = [_Block(self.model, *part) for part in parts]
+        blocks = [_Block(self.model, *part, sparse=self.args.checkpointing) for part in parts]
         state = RecurState.empty(len(starts)) if state is None else state
         if self.args.checkpointing:
             return recomputed(blocks, state, list(self.model.parameters()))
@@ -43,15 +43,25 @@ class SegmentLoss(nn.Module):
 
 @dataclass
 class _Block:
-    """Some windows of each lane. P windows: input_ids and targets (B, P, T), starts (B, P)."""
+    """Some windows of each lane. P windows: input_ids and targets (B, P, T), starts (B, P).
+
+    `sparse`: the embedding's gradient names the tokens' rows alone. It must have a dense one to be added to, and
+    saves one as large as the vocabulary beside it.
+    """
 
     model: RecurGPT2LMHeadModel
     input_ids: Tensor
     targets: Tensor
     starts: Tensor
+    sparse: bool = False
 
     def read(self, state: RecurState) -> tuple[Tensor, RecurState]:
-        return self.model.transformer.read(self.input_ids, self.starts, state)
+        embedding = self.model.get_input_embeddings()
+        before, embedding.sparse = embedding.sparse, self.sparse
+        try:
+            return self.model.transformer.read(self.input_ids, self.starts, state)
+        finally:
+            embedding.sparse = before
 
     def loss(self, hidden: Tensor) -> Tensor:
         return summed_loss(hidden, self.model.lm_head.weight, self.targets)
