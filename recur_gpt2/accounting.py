@@ -20,6 +20,7 @@ from .allocator import release_memory
 from .configuration import RecurGPT2Config
 from .linear_attention import CHUNK
 
+STATUS = Path("/proc/self/status")
 CLEAR_PEAK = "5"  # proc(5), clear_refs: reset the peak resident set size
 
 
@@ -134,7 +135,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             release_memory()
-            self._resident = _reset_peak()
+            self._resident = reset_peak()
         self._start = time.perf_counter()
         return self.result
 
@@ -154,22 +155,22 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 def peak_resident() -> int:
     """Most bytes this process has had in memory, since its start or the last `Meter`."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return _status_bytes(status, "VmHWM")
+    if STATUS.exists():
+        return process_bytes("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _reset_peak():
+def reset_peak() -> int | None:
     """Resident bytes now, with the peak set back to them; None where the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-        return _status_bytes(Path("/proc/self/status"), "VmRSS")
+        return process_bytes("VmRSS")
     except OSError:
         return None
 
 
-def _status_bytes(status, field):
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
+def process_bytes(field: str) -> int:
+    """What Linux says of this process's memory, by its name in /proc/self/status: VmRSS, VmHWM, VmData."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""The command line, `recur-gpt2 finetune | evaluate | convert | embed | search`; run_pg19.py shares its arguments.
+"""The command line, `recur-gpt2 finetune | evaluate | convert | embed | search | recommend`; run_pg19.py shares some.
 
 Parses, calls, prints. Bad input ends in one sentence and exit status 2, Ctrl-C in status 130. Where several processes
 were started, the main one prints.
@@ -10,9 +10,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .allocator import tune_allocator
+from .cli_budget import add_recommend_arguments, run_recommend, settle
 from .errors import InputError
 
 ATTENTION_DEFAULTS = {"feature_map": "t2r", "feature_size": 32, "near_tokens": 0, "carry_linear_state": False}
@@ -36,6 +38,12 @@ def main(argv: list[str] | None = None) -> int:
         ("convert", "give layers of a model linear attention (T2R)", _add_convert_arguments, run_convert),
         ("embed", "write a vector for each document to a Parquet file", _add_embed_arguments, run_embed),
         ("search", "find the documents that are nearest to a text", _add_search_arguments, run_search),
+        (
+            "recommend",
+            "settings that fit a memory budget, and the command",
+            partial(add_recommend_arguments, model=str(BUNDLED_MODEL)),
+            run_recommend,
+        ),
     )
     for name, purpose, add_arguments, run in each:
         command = commands.add_parser(name, help=purpose)
@@ -82,15 +90,16 @@ def _add_finetune_arguments(parser):
 def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> None:
     """The flags of a comparison, each explained in a line."""
     add = parser.add_argument
-    add("--window", type=int, default=256, help="T, tokens a window (default: 256)")
+    add("--window", type=int, help="T, tokens a window (default: 256)")
+    add("--memory-budget", metavar="2GiB", help="choose window and lanes so that finetuning fits in this")
     add("--model", default=str(BUNDLED_MODEL), help="GPT-2 checkpoint: hub id or folder (default: data/gpt2-mini)")
     add(
         "--data", default=data, help=f"pg19-sample, wikitext-103-sample, pg19, wikitext-103 or a path (default: {data})"
     )
     add("--recurrence", default="default", help="default, yoshida2020 or none")
-    add("--bptt", type=int, default=4, help="K, windows that gradients reach back over (default: 4)")
+    add("--bptt", type=int, help="K, windows that gradients reach back over (default: 4)")
     add("--steps", type=int, default=120, help="optimizer steps (default: 120)")
-    add("--lanes", type=int, default=8, help="documents read side by side (default: 8)")
+    add("--lanes", type=int, help="documents read side by side (default: 8)")
     add("--lr", type=float, default=3e-5, help="peak learning rate of the pretrained weights (default: 3e-5)")
     add(
         "--recurrence-lr",
@@ -98,7 +107,7 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> N
         default=3e-3,
         help="peak learning rate of what is new: recurrence and feature maps (default: 3e-3)",
     )
-    add("--accumulate", type=int, default=1, help="segments per optimizer step (default: 1)")
+    add("--accumulate", type=int, help="segments per optimizer step (default: 1)")
     add("--checkpointing", action="store_true", help="recompute windows in the backward pass: least memory")
     add("--parallel-windows", type=int, help="windows of a lane computed at once (default: all K, or 1 to save memory)")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="auto measures which is faster")
@@ -145,15 +154,12 @@ def layer_names(words: list[str]) -> str | list[int]:
 
 def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
     """Run the comparison and print its table."""
-    from .experiment import ExperimentArguments, run_experiment
+    from .experiment import run_experiment
     from .processes import Processes
     from .report import finding, format_table
-    from .training import TrainingArguments
 
-    training = {key: getattr(args, key) for key in ("steps", "lanes", "bptt", "lr", "recurrence_lr", "accumulate")}
-    training |= {key: getattr(args, key) for key in ("checkpointing", "parallel_windows", "precision", "seed")}
-    training |= {key: getattr(args, key) for key in ("transfer_steps", "transfer_lr", "new_first_steps")}
     options = {key: getattr(args, key) for key in ("sink_slots", "last_slots", "pooled_slots", "insert_layers")}
+    options = {key: value for key, value in options.items() if value is not None}
     given = [key for key, default in T2R_DEFAULTS.items() if getattr(args, key) != default]
     name = name or Path(args.data).stem
     with Processes(args.device).agreeing():
@@ -162,21 +168,8 @@ def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
             options |= {key: getattr(args, key) for key in ATTENTION_DEFAULTS}
         elif given:
             raise InputError(f"--{given[0].replace('_', '-')} is for linear attention; add --attention t2r")
-        experiment = ExperimentArguments(
-            model=args.model,
-            data=args.data,
-            output_dir=args.output_dir or Path("runs") / f"{name}-w{args.window}",
-            window=args.window,
-            recurrence=args.recurrence,
-            model_options={key: value for key, value in options.items() if value is not None},
-            training=TrainingArguments(**training, save_every=args.save_every),
-            eval_split=args.eval_split,
-            eval_tokens=args.eval_tokens or None,
-            control=not args.no_control,
-            rows=args.rows,
-            device=args.device,
-            resume=args.resume,
-        )
+        settle(args, options)
+        experiment = _experiment(args, options, name)
     results = run_experiment(experiment)
     if results is None:
         return  # the main process has them
@@ -184,6 +177,30 @@ def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
     print()
     print(finding(results["rows"]))
     print(f"Report, plots and models: {results['settings']['output_dir']}")
+
+
+def _experiment(args, options, name):
+    from .experiment import ExperimentArguments
+    from .training import TrainingArguments
+
+    training = {key: getattr(args, key) for key in ("steps", "lanes", "bptt", "lr", "recurrence_lr", "accumulate")}
+    training |= {key: getattr(args, key) for key in ("checkpointing", "parallel_windows", "precision", "seed")}
+    training |= {key: getattr(args, key) for key in ("transfer_steps", "transfer_lr", "new_first_steps")}
+    return ExperimentArguments(
+        model=args.model,
+        data=args.data,
+        output_dir=args.output_dir or Path("runs") / f"{name}-w{args.window}",
+        window=args.window,
+        recurrence=args.recurrence,
+        model_options=options,
+        training=TrainingArguments(**training, save_every=args.save_every),
+        eval_split=args.eval_split,
+        eval_tokens=args.eval_tokens or None,
+        control=not args.no_control,
+        rows=args.rows,
+        device=args.device,
+        resume=args.resume,
+    )
 
 
 def _add_evaluate_arguments(parser):
@@ -200,6 +217,7 @@ def _add_evaluate_arguments(parser):
     )
     add("--eval-tokens", type=int, default=0, help="tokens to score, 0 for all (default)")
     add("--lanes", type=int, default=8, help="documents read side by side (default: 8)")
+    add("--parallel-windows", type=int, default=4, help="windows of a document computed at once (default: 4)")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="auto measures which is faster")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one")
     add("--json", type=Path, help="write the rows to this file too")
@@ -224,6 +242,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         protocols=args.protocols,
         eval_tokens=args.eval_tokens or None,
         lanes=args.lanes,
+        parallel_windows=args.parallel_windows,
         precision=args.precision,
         device=args.device,
     )

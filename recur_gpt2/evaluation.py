@@ -31,6 +31,7 @@ from .windows import Lanes
 PROTOCOLS = ("disjoint", "overlap", "recurrent", "recurrent+overlap")
 CONTROLS = ("zeroed", "shuffled")
 RESAMPLES = 2000
+PARALLEL_WINDOWS = 4  # of a document computed at once: enough on a CPU (docs/performance.md)
 
 
 @dataclass
@@ -119,7 +120,7 @@ def evaluate(
     protocol: str,
     control: str | None = None,
     lanes: int = 8,
-    parallel_windows: int = 4,
+    parallel_windows: int = PARALLEL_WINDOWS,
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Evaluation:

@@ -2,26 +2,32 @@
 
 `run_experiment` finetunes both, evaluates every protocol and control, and writes the report. run_pg19.py and
 `recur-gpt2 finetune` are thin around it. With several processes all of them finetune, and the main one does the rest.
+
+One model is held at a time: each is loaded for its task and let go after it, so that the job's peak memory is that of
+its heaviest task, and not of all together.
 """
 
 from __future__ import annotations
 
-import copy
+import gc
 import json
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .allocator import release_memory
 from .configuration import RecurGPT2Config
 from .corpora import Corpus, load_corpus
 from .errors import InputError
-from .evaluation import CONTROLS, PROTOCOLS, Evaluation, evaluate, gap_covered_interval
+from .evaluation import CONTROLS, PARALLEL_WINDOWS, PROTOCOLS, Evaluation, evaluate, gap_covered_interval
 from .files import atomic_write_text
 from .initialization import load_config
 from .loading import load_any, load_tokenizer, plain_copy, save_model
@@ -41,6 +47,7 @@ ROW_ORDER = (
     "recurrent_zeroed",
     "recurrent_shuffled",
 )
+FINETUNED = {"recurrent": "recurrent", "finetuned": "disjoint"}  # how its rows' names begin: a model's folder
 PACKAGES = ("recur-gpt2", "torch", "transformers", "datasets", "accelerate", "tokenizers")
 
 
@@ -100,20 +107,16 @@ def run_experiment(args: ExperimentArguments) -> dict | None:
         train = load_corpus(args.data, "train", tokenizer)
         if processes.is_main:
             documents = evaluation_documents(load_corpus(args.data, args.eval_split, tokenizer), args.eval_tokens)
-        model = _load(args)
-        base = plain_copy(model)
-    args.training.precision = _precision(args, base, processes)
+    if args.training.precision == "auto":
+        args.training.precision = _measured_precision(args, processes)
 
     # Both before any evaluation: the other processes need not wait for it, they are done.
-    models, training = {"base": base}, {}
-    models["recurrent"], training["recurrent"] = model, _finetune(args, model, train, tokenizer, "recurrent", processes)
-    if args.control:
-        control = models["finetuned"] = copy.deepcopy(base)
-        training["disjoint"] = _finetune(args, control, train, tokenizer, "disjoint", processes)
+    names = ("recurrent", "disjoint") if args.control else ("recurrent",)
+    training = {name: _finetune(args, name, train, tokenizer, processes) for name in names}
     processes.leave()
     if not processes.is_main:
         return None
-    results = _results(args, _evaluate_all(args, documents, tokenizer, models), training, processes)
+    results = _results(args, _evaluate_all(args, documents, tokenizer), training, processes)
     write_report(results, args.output_dir)
     return results
 
@@ -136,6 +139,19 @@ def _device(name):
     return name
 
 
+def _alone(task: Callable) -> Callable:
+    """A task that loads a model of its own: when it is done the memory is given back, for the next one's model."""
+
+    @wraps(task)
+    def run(*args):
+        result = task(*args)
+        gc.collect()
+        release_memory()
+        return result
+
+    return run
+
+
 def _load(args):
     """The model to finetune: a GPT-2 with what the arguments add to it, or one of ours as it is."""
     config = load_config(args.model)
@@ -153,6 +169,11 @@ def _load(args):
             f"start from a GPT-2"
         )
     return load_any(args.model, args.window)
+
+
+def _load_plain(args):
+    """The GPT-2 that it is compared to."""
+    return plain_copy(load_any(args.model, args.window))
 
 
 def _claim(args):
@@ -173,58 +194,77 @@ def _settings(args):
     return settings | {"command": shlex.join(["python", *sys.argv] if sys.argv[0].endswith(".py") else sys.argv)}
 
 
-def _precision(args, model, processes):
+@_alone
+def _measured_precision(args, processes):
     """What all compute in: as the main process measures."""
-    dtype = autocast_dtype(model.to(processes.device), args.training.precision)
-    model.cpu()
+    with processes.main_first():
+        model = _load_plain(args).to(processes.device)
+    dtype = autocast_dtype(model, "auto")
     return "bfloat16" if processes.any(processes.is_main and dtype is not None) else "float32"
 
 
-def _finetune(args, model, corpus, tokenizer, name, processes):
-    folder = args.output_dir / name
-    options = (
-        {"recurrent": True} if name == "recurrent" else {"recurrent": False, "transfer_steps": 0, "new_first_steps": 0}
-    )
+@_alone
+def _finetune(args, name, corpus, tokenizer, processes):
+    """Load the recurrent model or the disjoint control, finetune and save it. -> a row for each step"""
+    folder, options = args.output_dir / name, {"recurrent": True}
+    if name == "disjoint":
+        options = {"recurrent": False, "transfer_steps": 0, "new_first_steps": 0}
+    with processes.main_first():  # it downloads for all
+        model = _load(args) if name == "recurrent" else _load_plain(args)
     settings = TrainingArguments(**asdict(args.training) | options)
     trainer = Trainer(model, corpus, settings, folder, device=args.device)
     history = trainer.run(resume=args.resume, description=f"finetuning, {name}")
     model.cpu()
     with processes.agreeing():
         if processes.is_main:
-            save_model(model, tokenizer, folder / "model")
+            save_model(model, tokenizer, _saved(args, name))
     return history
 
 
-def _evaluate_all(args, documents, tokenizer, models) -> dict[str, Evaluation]:
-    """{row name: evaluation} for each model: apart, overlapping and, with recurrence, the controls."""
-    dtype = torch.bfloat16 if args.training.precision == "bfloat16" else None
-    plans = {}
-    for name, model in models.items():
-        if name == "recurrent":
-            plans["recurrent"] = model, "recurrent", None
-            plans["recurrent_overlap"] = model, "recurrent+overlap", None
-            if model.config.is_recurrent:
-                plans |= {f"recurrent_{control}": (model, "recurrent", control) for control in CONTROLS}
-        else:
-            plans[f"{name}_disjoint"] = model, "disjoint", None
-            plans[f"{name}_overlap"] = model, "overlap", None
-    if len(documents) < 2:
-        plans.pop("recurrent_shuffled", None)
-    plans = {row: plan for row, plan in plans.items() if args.rows is None or row in args.rows}
+def _saved(args, name):
+    """Where a finetuned model lies."""
+    return args.output_dir / name / "model"
+
+
+def _evaluate_all(args, documents, tokenizer) -> dict[str, Evaluation]:
+    """{row name: evaluation}, one model after another; one that no row is wanted of is not loaded."""
     evaluations = {}
-    for row, (model, protocol, control) in plans.items():
-        evaluations[row] = evaluate(
-            model.to(args.device),
+    for name in ("base", "recurrent", "finetuned") if args.control else ("base", "recurrent"):
+        rows = _rows_of(args, name, documents)
+        if rows:
+            evaluations |= _evaluate_rows(args, name, rows, documents, tokenizer)
+    return evaluations
+
+
+def _rows_of(args, name, documents):
+    """Rows to score of a model: apart, overlapping and, with recurrence, the controls."""
+    rows = [row for row in ROW_ORDER if row.startswith(name)]
+    if name == "recurrent" and not load_config(_saved(args, name)).is_recurrent:
+        rows = [row for row in rows if _control_of(row) is None]
+    if len(documents) < 2 and "recurrent_shuffled" in rows:
+        rows.remove("recurrent_shuffled")
+    return [row for row in rows if args.rows is None or row in args.rows]
+
+
+@_alone
+def _evaluate_rows(args, name, rows, documents, tokenizer):
+    """Load a model and score some rows of it."""
+    model = load_any(_saved(args, FINETUNED[name])) if name in FINETUNED else _load_plain(args)
+    model.to(args.device)
+    return {
+        row: evaluate(
+            model,
             documents,
             tokenizer,
-            protocol=protocol,
-            control=control,
+            protocol=protocol_of(row),
+            control=_control_of(row),
             lanes=args.training.lanes,
-            dtype=dtype,
+            parallel_windows=min(PARALLEL_WINDOWS, args.training.block),  # no more than finetuning had room for
+            dtype=torch.bfloat16 if args.training.precision == "bfloat16" else None,
             progress=True,
         )
-        model.cpu()  # a row's peak memory is that of its own model
-    return evaluations
+        for row in rows
+    }
 
 
 def _results(args, evaluations, training, processes):
@@ -255,6 +295,12 @@ def protocol_of(row: str) -> str:
     return "recurrent" if row.startswith("recurrent") else row.split("_")[1]
 
 
+def _control_of(row):
+    """The control behind a row's name, or None."""
+    control = row.removeprefix("recurrent_")
+    return control if control in CONTROLS else None
+
+
 def evaluate_model(
     name_or_path: str,
     data: str,
@@ -265,6 +311,7 @@ def evaluate_model(
     protocols: list[str] | None = None,
     eval_tokens: int | None = None,
     lanes: int = 8,
+    parallel_windows: int = PARALLEL_WINDOWS,
     precision: str = "auto",
     device: str = "auto",
 ) -> list[dict]:
@@ -288,7 +335,15 @@ def evaluate_model(
     for name in protocols or possible:
         protocol, control = ("recurrent", name) if name in CONTROLS else (name, None)
         scored = evaluate(
-            model, documents, tokenizer, protocol=protocol, control=control, lanes=lanes, dtype=dtype, progress=True
+            model,
+            documents,
+            tokenizer,
+            protocol=protocol,
+            control=control,
+            lanes=lanes,
+            parallel_windows=parallel_windows,
+            dtype=dtype,
+            progress=True,
         )
         rows.append(scored.row(name, protocol, model.config.window))
     return rows

@@ -14,6 +14,9 @@ from .near_attention import FarGate
 
 # gelu_new is this formula written as eight kernels; the fused one gives the same numbers in a fraction of the time.
 FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
+# Without gradients on a CPU, tokens that pass the feed-forward net together: its inner layer is four times as wide as
+# all else, and stays in the cache.
+TOKENS_AT_ONCE = 1024
 STATE_DECAY = -2.0  # logit of the factor that a new layer's carried (S, z) decays by
 
 
@@ -128,7 +131,11 @@ class RecurGPT2Block(GPT2Block):
         """Layer input (B, T, D) and what its heads attended to (B, H, T, D / H) -> layer output (B, T, D)."""
         attended = rearrange(attended, "... h t d -> ... t (h d)")
         hidden = hidden + self.attn.resid_dropout(self.attn.c_proj(attended))
-        return hidden + self.mlp(self.ln_2(hidden))
+        if torch.is_grad_enabled() or hidden.is_cuda:
+            return hidden + self.mlp(self.ln_2(hidden))
+        for some in hidden.view(-1, hidden.shape[-1]).split(TOKENS_AT_ONCE):
+            some += self.mlp(self.ln_2(some))
+        return hidden
 
     @property
     def attention_options(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -30,22 +31,36 @@ def load_any(name_or_path: str, window: int | None = None, recurrence: str = "no
     """One of our models as it is, or a GPT-2 given a window (256 unless said otherwise) and a recurrence."""
     config = load_config(name_or_path)
     if config.model_type != RecurGPT2Config.model_type:
-        return RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence=recurrence)
+        return _read(RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence=recurrence))
     if window not in (None, config.window):
         raise InputError(
             f"{name_or_path} was made for window={config.window}, not {window}; give --window {config.window}"
         )
     with refusing_damage(name_or_path):
-        return RecurGPT2LMHeadModel.from_pretrained(name_or_path).eval()
+        return _read(RecurGPT2LMHeadModel.from_pretrained(name_or_path).eval())
+
+
+def _read(model):
+    """The model, with its weights in memory: transformers maps their file, which is read where it is first used, and a
+    measurement of that use would count them as its own."""
+    for parameter in model.parameters():
+        parameter.detach().sum()
+    return model
 
 
 def plain_copy(model: RecurGPT2LMHeadModel) -> RecurGPT2LMHeadModel:
-    """The GPT-2 inside: its weights and window, softmax attention, nothing carried."""
+    """The GPT-2 inside: its weights and window, softmax attention, nothing carried.
+
+    A shallow copy, so that no second set of weights is ever held: the two models share those that both have.
+    """
     fields = {key: value for key, value in model.config.to_dict().items() if key not in OWN_FIELDS}
-    plain = RecurGPT2LMHeadModel(RecurGPT2Config(**fields | {"window": model.config.window, "recurrence": "none"}))
+    fields |= {"window": model.config.window, "recurrence": "none"}
+    with init_empty_weights(include_buffers=False):
+        plain = RecurGPT2LMHeadModel(RecurGPT2Config(**fields))
     weights = {name: tensor for name, tensor in model.state_dict().items() if not is_new(name)}
-    plain.load_state_dict(weights)
-    return plain.to(model.dtype).eval()
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    return plain.eval()
 
 
 def save_model(model: RecurGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

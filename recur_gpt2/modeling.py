@@ -257,8 +257,9 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         embedded = self.drop(self.wte(input_ids) + self.wpe(positions))
         form = PooledWalk if self.config.pool_layers else LayerWalk
         walk = form(self, stretch, depth=depth, every_layer=every_layer, teach=teach)
-        hidden = [embedded, *walk.run(embedded)]
-        hidden = hidden if every_layer else hidden[-1:]
+        hidden = walk.run(embedded)
+        hidden = [embedded, *hidden] if every_layer or not hidden else hidden[-1:]
+        del embedded
         if depth == self.config.n_layer:
             hidden[-1] = self.ln_f(hidden[-1])
         return hidden, stretch.next_state(walk.memory, walk.window)

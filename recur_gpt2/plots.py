@@ -160,8 +160,12 @@ def finish(figure, title, path, *, drawn):
         axes = figure.axes[0]
         axes.text(0.5, 0.5, "not measured in this run", transform=axes.transAxes, ha="center", va="center")
     figure.suptitle(title, fontsize=12)
+    save(figure, path)
+
+
+def save(figure, path, *, dpi=DPI):
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", dpi=dpi)
 
 
 def label_ends(axes, ends):
@@ -171,7 +175,8 @@ def label_ends(axes, ends):
     """
     ends = sorted(ends, key=lambda end: end[3])
     low, high = axes.get_ylim()
-    heights = spread([(y - low) / (high - low) for *_, y in ends], gap=LABEL_GAP)
+    gap = min(LABEL_GAP, 1 / max(1, len(ends) - 1))  # many labels: all of them within the axes
+    heights = spread([(y - low) / (high - low) for *_, y in ends], gap=gap)
     for (label, color, x, y), height in zip(ends, heights, strict=True):
         leader = {"arrowstyle": "-", "color": color, "shrinkA": 2, "shrinkB": 2, "relpos": (0, 0.5)}
         place = {"xytext": (1.04, height), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
@@ -195,8 +200,13 @@ def setting_line(results):
     """'window 256, gpt2 on pg19': what a picture's title says of the run, as far as the settings tell."""
     settings = results.get("settings", {})
     window = f"window {settings.get('window', 'unknown')}"
+    return f"{window}, {source_line(settings)}"
+
+
+def source_line(settings):
+    """'gpt2 on pg19'."""
     model, data = (Path(str(settings.get(key, f"unknown {key}"))).name for key in ("model", "data"))
-    return f"{window}, {model} on {data}"
+    return f"{model} on {data}"
 
 
 def is_number(value):

@@ -6,6 +6,7 @@ B rows, W windows, T tokens a window, D width, H heads, M slots, d = D / H, p = 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,11 +71,13 @@ class LayerWalk:
             return (self._linear_layer if block.far_gate is None else self._near_layer)(layer, hidden)
         query, key, value = block.project(hidden)
         key, value = self.stretch.extend(name, key, value)
-        written = self._write(name, lambda: (key, value))
+        written = self._write(name, partial(tuple, (key, value)))
         if any(self.stretch.filled):
             self.window[name] = self.stretch.unfinished(key, value)
         memory = self._read(name, written, value)
-        return block.finish(hidden, self._attend(block, query, key, value, memory, self.has_memory))
+        attended = self._attend(block, query, key, value, memory, self.has_memory)
+        del query, key, value, written, memory  # before what follows attention, which takes the most memory
+        return block.finish(hidden, attended)
 
     def _is_linear(self, block):
         return block.feature_map is not None and self.teach is None
@@ -220,6 +223,7 @@ class PooledWalk(LayerWalk):
             key, value = self.stretch.extend(name, key, value)
             self._cache(name, key, value)
             attended = self._attend(block, query, key, value, reads, has_memory)
+            del query, key, value
         elif block.far_gate is not None:
             query, key, value = block.project(hidden)
             slots = 0 if reads is None else reads[0].shape[3]

@@ -382,7 +382,7 @@ def test_an_unknown_type_is_refused(gpt2_folder):
 def test_memory_does_not_grow_with_the_document(method, make_embedder):
     embedder, text, peaks = make_embedder("default"), of_tokens(200_000), []
     for end in (40_000, 40_000, len(text)):
-        accounting._reset_peak()
+        accounting.reset_peak()
         for _ in getattr(embedder, method)(text[:end], batch_tokens=512):
             pass
         peaks.append(accounting.peak_resident())

@@ -73,7 +73,7 @@ def test_a_tokenizer_that_might_look_across_a_cut_gets_whole_texts(change, token
 def test_tokenising_takes_little_memory(encode):
     """A text of 2 MB: its ids, 2 MB too, and a few pieces at a time; at once it took 270 MB."""
     text = "Chapter 12. It was the 3rd of May, and the rain went on.\n" * 35_000
-    before = accounting._reset_peak()
+    before = accounting.reset_peak()
     ids = encode(text)
     assert ids.dtype == np.int32
     assert accounting.peak_resident() - before < 30 * len(text)

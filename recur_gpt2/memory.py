@@ -1,0 +1,220 @@
+"""Peak memory of a process that trains, scores, embeds or generates, as a formula of the configuration.
+
+What PyTorch allocates is counted tensor by tensor; what the heap of glibc and the libraries take beside it is two
+numbers, fitted to measurements (tests/test_memory.py compares both with fresh processes). For a CPU with the allocator
+tuned; for a GPU, whose kernels keep less, it has not been measured.
+
+D model width, T window, M memory slots, L layers, V vocabulary, P windows at once, K windows per segment. All in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from . import near_attention
+from .attention import LONGEST_PRODUCTS, QUERIES_IN_PRODUCTS
+from .configuration import RecurGPT2Config
+from .errors import InputError
+from .layers import TOKENS_AT_ONCE
+from .linear_attention import CHUNK
+from .losses import CPU_LOGITS, CPU_ROWS
+from .modeling import RecurGPT2LMHeadModel
+from .recomputation import KEPT
+
+TASKS = ("train", "score", "embed", "generate")
+FLOAT, LOW = 4, 2
+# Beside the tensors: buffers of the matrix libraries, and small objects.
+LIBRARIES = {"train": 40 * 2**20, "score": 30 * 2**20, "embed": 75 * 2**20, "generate": 30 * 2**20}
+# glibc's heap over what lives in it. Tensors are aligned, so that the hole left by one does not fit its like: what is
+# made and freed tears it. Recomputed blocks are small and alike.
+HEAP = {"train": 1.45, "recomputed": 1.35, "score": 1.8, "embed": 1.8, "generate": 1.0}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a process does with a model. Raises InputError where a value is out of range."""
+
+    task: str = "train"
+    """train, score, embed or generate."""
+    lanes: int = 8
+    """Documents read side by side."""
+    windows: int = 4
+    """K of a segment for train; P, windows of a document read at once, for score and embed."""
+    checkpointing: bool = False
+    """train: recompute windows one by one."""
+    precision: str = "float32"
+    """"float32", or "bfloat16": autocast over float32 weights."""
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            raise InputError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
+        for name in ("lanes", "windows"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the products."""
+        return LOW if self.precision == "bfloat16" else FLOAT
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Predicted bytes, part by part; `total` is the peak above what the interpreter and its libraries take.
+
+    Attributes:
+        weights, gradients, optimizer: in float32, whole; gradients are counted where they stand at the peak.
+        casts: the weights in 16 bit, under autocast.
+        activations: kept for the backward pass, or the largest layer's where there is none.
+        state: what is carried from window to window, with what is kept of it.
+        logits: the chunk of them that exists at a time, its softmax and gradient, and the hidden states behind it.
+        heap: what the allocator and the libraries take beside the tensors.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    casts: int
+    activations: int
+    state: int
+    logits: int
+    heap: int
+
+    @property
+    def fixed(self) -> int:
+        """What no window, lane or attention changes."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.fixed + self.casts + self.activations + self.state + self.logits + self.heap
+
+
+def memory_use(config: RecurGPT2Config, workload: Workload) -> MemoryUse:
+    """The peak of one process, at whichever moment is the highest."""
+    if workload.task == "train":
+        return _training(config, workload)
+    return _reading(config, workload)
+
+
+def parameter_count(config: RecurGPT2Config) -> int:
+    """Parameters, tied ones once."""
+    return sum(_parameters(json.dumps(config.to_dict(), sort_keys=True, default=str)))
+
+
+@lru_cache(maxsize=64)
+def _parameters(fields):
+    """Sizes of all parameters, from a model without weights."""
+    with torch.device("meta"):
+        model = RecurGPT2LMHeadModel(RecurGPT2Config(**json.loads(fields)))
+    return [parameter.numel() for parameter in model.parameters()]
+
+
+def _training(config, work):
+    weights = FLOAT * parameter_count(config)
+    head = FLOAT * config.vocab_size * config.n_embd
+    tokens = work.lanes * config.window * (1 if work.checkpointing else work.windows)
+    saved = tokens * sum(_saved(config, layer, work.width) for layer in range(config.n_layer))
+    state = _state(config, work) * (min(KEPT, work.windows) + 2 if work.checkpointing else work.windows)
+    logits = _loss(config, work, tokens, with_gradients=True)
+    casts = _casts(config, work)
+    if work.checkpointing:  # all gradients stand throughout
+        return _with_heap("recomputed", weights, weights, 2 * weights, casts, saved, state, logits)
+    # Either the loss, when everything is saved and of the gradients the head's alone is there; or the end of the
+    # backward pass, when all are, and the embedding's stands beside the head's.
+    at_loss = _with_heap("train", weights, head, 2 * weights, casts, saved, state, logits)
+    at_end = _with_heap("train", weights, weights, 2 * weights, 0, head, state, tokens * config.n_embd * FLOAT)
+    return max(at_loss, at_end, key=lambda use: use.total)
+
+
+def _reading(config, work):
+    weights, tokens = FLOAT * parameter_count(config), work.lanes * config.window * work.windows
+    state = 2 * _state(config, work)
+    if work.task == "generate":  # keys and values of the window so far, those before a token and those after it
+        state += 2 * 2 * FLOAT * work.lanes * config.n_layer * config.n_embd * config.window
+        logits, tokens = 2 * FLOAT * work.lanes * config.vocab_size, work.lanes * config.window
+    else:
+        logits = _loss(config, work, tokens, with_gradients=False) if work.task == "score" else 0
+    layer = max(_passing(config, layer, work.width, tokens) for layer in range(config.n_layer))
+    activations, logits = (layer, 0) if layer > logits else (0, logits)  # one after the other
+    return _with_heap(work.task, weights, 0, 0, _casts(config, work), activations, state, logits)
+
+
+def _with_heap(kind, weights, gradients, optimizer, casts, activations, state, logits):
+    passing = activations + state + logits
+    passing += casts if kind in ("train", "recomputed") else 0  # elsewhere made once
+    passing += gradients if kind == "train" else 0  # made anew in each step
+    heap = round(LIBRARIES["train" if kind == "recomputed" else kind] + (HEAP[kind] - 1) * passing)
+    return MemoryUse(weights, gradients, optimizer, casts, round(activations), round(state), round(logits), heap)
+
+
+def _casts(config, work):
+    """Weights of all matrix products in 16 bit: autocast keeps them as long as a graph does."""
+    if work.precision != "bfloat16":
+        return 0
+    inner = config.n_inner or 4 * config.n_embd
+    layers = config.n_layer * config.n_embd * (4 * config.n_embd + 2 * inner)
+    return LOW * (layers + (config.vocab_size * config.n_embd if work.task in ("train", "score") else 0))
+
+
+def _state(config, work):
+    """What is carried over one border of windows, for all lanes, in the products' type."""
+    if config.pool_layers:
+        return FLOAT * work.lanes * len(config.pool_layers) * config.n_embd
+    slots = config.last_slots + config.pooled_slots
+    sums = len(config.linear_layers) * (config.feature_size * config.n_embd) if config.carry_linear_state else 0
+    return work.lanes * (2 * work.width * len(config.insert_layers) * config.n_embd * slots + FLOAT * sums)
+
+
+def _loss(config, work, tokens, *, with_gradients):
+    """The chunk of logits at hand, and the hidden states with their gradient."""
+    rows = min(CPU_ROWS, max(1, CPU_LOGITS // config.vocab_size), tokens)
+    wide = 2 * FLOAT + (LOW if work.width == LOW else 0)  # logits, softmax, and the logits in 16 bit
+    hidden = FLOAT + (2 * work.width + FLOAT if with_gradients else work.width)
+    return rows * config.vocab_size * wide + tokens * config.n_embd * hidden
+
+
+def _passing(config, layer, width, tokens):
+    """Bytes of the layer at hand, without gradients: what goes in and, while it attends, queries, keys and values (with
+    memory once more, behind its slots), what they attend to; or both sides of the activation, for some tokens."""
+    inner, wide = config.n_inner or 4 * config.n_embd, config.n_embd
+    attending = _linear(config, layer, width) if layer in config.linear_layers else _softmax(config, layer, width)
+    attention = tokens * (2 * wide * FLOAT + wide * width + attending)
+    return max(attention, 3 * wide * FLOAT * tokens + 2 * inner * width * min(tokens, TOKENS_AT_ONCE))
+
+
+def _saved(config, layer, width):
+    """Bytes a token that a layer keeps for the backward pass."""
+    inner, wide = config.n_inner or 4 * config.n_embd, config.n_embd
+    # Both sides of the activation; two residuals; both norms' outputs, as the products take them; joined heads.
+    shared = 2 * inner * width + 2 * wide * FLOAT + 2 * wide * width + wide * width
+    return shared + (_linear if layer in config.linear_layers else _softmax)(config, layer, width)
+
+
+def _softmax(config, layer, width):
+    """Of softmax attention: queries, keys, values; with memory once more, behind its slots."""
+    window, wide = config.window, config.n_embd
+    slots = config.memory_slots if layer in config.insert_layers else 0
+    along = (slots + window) / window
+    if width == LOW and window <= LONGEST_PRODUCTS:
+        step = min(QUERIES_IN_PRODUCTS, window)
+        return width * (wide + 2 * wide * along + config.n_head * (slots + (window + step) / 2))
+    return width * (3 * wide + (wide + 2 * wide * along if slots else 0))
+
+
+def _linear(config, layer, width):
+    """Of linear attention: queries, keys and values, features of both, each chunk's sums."""
+    wide, heads = config.n_embd, config.n_head
+    head = wide // heads
+    features = head if config.feature_map == "elu" else config.feature_size
+    maps = 2 * heads * head * features / config.window
+    if config.near_tokens:
+        chunk = min(near_attention.CHUNK, config.near_tokens, config.window)
+        places = 2 * wide * (config.near_tokens + chunk) / chunk
+        return width * (places + 6 * wide + 3 * heads * features + wide * features / chunk + maps)
+    chunk = min(CHUNK, config.window)
+    return width * (4 * wide + 2 * heads * features + wide * features / chunk + maps)

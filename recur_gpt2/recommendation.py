@@ -1,0 +1,176 @@
+"""Settings that fit a memory budget, from the formulas of memory.py, and the command that runs them.
+
+Of what fits, the largest window is taken, since longer context is what quality follows; then no recomputation before
+some, which costs a third more time; then as many lanes as a step can use. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from .accounting import flops_per_token
+from .configuration import RecurGPT2Config
+from .errors import InputError
+from .initialization import load_config
+from .memory import MemoryUse, Workload, memory_use
+
+WINDOWS = (1024, 512, 256, 128, 64)
+STEP_TOKENS = 8192  # of a finetuning step, however many lanes it takes at a time: as the main job's
+SEGMENT = 4  # K, windows that gradients reach back over
+BLOCK_TOKENS = 2048  # read at once without gradients: as fast as more on a CPU
+COMMANDS = {"train": "finetune", "score": "evaluate", "embed": "embed", "generate": "generate"}
+MARGIN = 1.1  # what fits must fit with so much room: the formulas are right to a tenth
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Settings for a task, and what they should take.
+
+    Attributes:
+        config: of the model, window and recurrence included.
+        accumulate: train: segments an optimizer step.
+        flops_per_token: of the task.
+    """
+
+    config: RecurGPT2Config
+    workload: Workload
+    accumulate: int
+    use: MemoryUse
+    flops_per_token: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes, with the formulas' margin."""
+        return round(MARGIN * self.use.total)
+
+
+def parse_bytes(text: str) -> int:
+    """ "512MiB", "2GiB", "1.5G" -> bytes.
+
+    Raises:
+        InputError: it says no amount of memory.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", text.lower())
+    if not found or found[2] not in UNITS:
+        raise InputError(f"{text!r} is no amount of memory; give one like 512MiB or 2GiB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def recommend(
+    model: str,
+    budget: int,
+    task: str = "train",
+    *,
+    windows: tuple[int, ...] | None = None,
+    recurrence: str = "default",
+    precision: str | None = None,
+    options: dict | None = None,
+) -> Recommendation:
+    """The best settings whose predicted peak, with a margin, stays within the budget.
+
+    Args:
+        model: GPT-2 or one of our models (whose window then is given): hub id or folder.
+        budget: bytes above what the interpreter and its libraries take.
+        task: one of memory.TASKS.
+        windows: T to choose from; None: those up to the model's positions.
+        recurrence: preset, for a GPT-2.
+        precision: "float32" or "bfloat16"; None: 16 bit where the processor has products in it, for training alone.
+        options: for a GPT-2, other fields of RecurGPT2Config.
+
+    Raises:
+        InputError: nothing fits; it says the least that would.
+    """
+    precision = precision or _precision(task)
+    configs = _configs(load_config(model), windows, recurrence, options or {})
+    least = None
+    for config in configs:
+        for each in _candidates(config, task, precision):
+            if each.peak <= budget:
+                return each
+            least = each if least is None or each.peak < least.peak else least
+    raise InputError(
+        f"a budget of {budget / 2**20:,.0f} MiB does not hold this: the least is {least.peak / 2**20:,.0f} MiB, at "
+        f"window {least.config.window}, of which {least.use.fixed / 2**20:,.0f} are weights and what goes with them; "
+        f"give that much or a smaller model"
+    )
+
+
+def _precision(task):
+    """Weights are cast on the fly, which takes memory: worth it where products dominate."""
+    return "bfloat16" if task == "train" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def _configs(config, windows, recurrence, options):
+    if config.model_type == RecurGPT2Config.model_type:
+        return [config]
+    fields = config.to_dict() | options | {"recurrence": recurrence}
+    fields.pop("model_type")
+    windows = [window for window in windows or WINDOWS if window <= config.n_positions] or [config.n_positions]
+    return [RecurGPT2Config(**fields | {"window": window}) for window in windows]
+
+
+def _candidates(config: RecurGPT2Config, task: str, precision: str) -> Iterator[Recommendation]:
+    """All settings for one window, from the one that is wished for most."""
+    for workload, accumulate in (_steps if task == "train" else _readings)(config, task, precision):
+        use = memory_use(config, workload)
+        flops = flops_per_token(config, training=task == "train")
+        yield Recommendation(config, workload, accumulate, use, flops)
+
+
+def _steps(config, task, precision):
+    """Ways through a step of STEP_TOKENS tokens: many lanes at a time before few, no recomputation before some."""
+    most = max(1, STEP_TOKENS // (SEGMENT * config.window))
+    lanes = [most >> halvings for halvings in range(most.bit_length())]
+    for checkpointing, some in product((False, True), lanes):
+        workload = Workload(task, some, SEGMENT, checkpointing, precision)
+        yield workload, most // some
+    for segment in (2, 1):  # gradients that reach back less far
+        yield Workload(task, 1, segment, True, precision), most * SEGMENT // segment
+
+
+def _readings(config, task, precision):
+    """As many lanes as make a block of BLOCK_TOKENS, a window of each at a time; fewer where they do not fit."""
+    most = max(1, BLOCK_TOKENS // config.window)
+    for halvings in range(most.bit_length()):
+        yield Workload(task, most >> halvings, 1, False, precision), 1
+
+
+def command(recommendation: Recommendation, model: str, data: str = "pg19-sample") -> str:
+    """What to type."""
+    work, config = recommendation.workload, recommendation.config
+    words = ["recur-gpt2", COMMANDS[work.task]]
+    if work.task == "embed":
+        words += [data, "--output", "embeddings.parquet"]
+    words += ["--model", model, "--window", str(config.window)]
+    if work.task == "train":
+        words += ["--data", data, "--lanes", str(work.lanes), "--bptt", str(work.windows)]
+        words += ["--accumulate", str(recommendation.accumulate), "--precision", work.precision]
+        words += ["--checkpointing"] if work.checkpointing else []
+    elif work.task == "score":
+        words += ["--data", data, "--lanes", str(work.lanes), "--parallel-windows", str(work.windows)]
+        words += ["--precision", work.precision, "--recurrence", config.recurrence]
+    elif work.task == "embed":
+        words += ["--batch-tokens", str(work.lanes * work.windows * config.window)]
+    return shlex.join(words)
+
+
+def settings_line(recommendation: Recommendation) -> str:
+    """The settings in a sentence."""
+    work, use = recommendation.workload, recommendation.use
+    parts = [f"window {recommendation.config.window}", f"{work.lanes} lanes"]
+    if work.task == "train":
+        parts += [f"{work.windows} windows a segment", f"{recommendation.accumulate} segments a step"]
+        parts += ["recomputation"] if work.checkpointing else []
+    parts += [work.precision]
+    mib = 2**20
+    return (
+        f"{', '.join(parts)}: {use.total / mib:,.0f} MiB predicted, {recommendation.peak / mib:,.0f} with a margin of "
+        f"a tenth ({use.fixed / mib:,.0f} of them weights, gradients and optimizer)"
+    )

@@ -1,0 +1,117 @@
+"""recommendation.py: what is recommended fits, is the best that does, and runs inside the limit it was made for."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recur_gpt2.cli import main
+from recur_gpt2.errors import InputError
+from recur_gpt2.memory import memory_use
+from recur_gpt2.recommendation import _candidates, command, parse_bytes, recommend
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = str(ROOT / "data" / "gpt2-mini")
+MIB = 2**20
+# Finetunes, saves and scores, while the system refuses more than the budget.
+LIMITED = """
+import sys
+from recur_gpt2.fresh_measurements import limit_memory
+limit_memory(int(sys.argv[1]))
+from recur_gpt2.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [("512MiB", 512 * MIB), ("2GiB", 2**31), ("1.5 GiB", 3 * 2**29), ("2g", 2 * 10**9), ("100MB", 10**8), ("77", 77)],
+)
+def test_amounts_of_memory_are_read(text, amount):
+    assert parse_bytes(text) == amount
+
+
+@pytest.mark.parametrize("text", ["", "much", "2 TiB", "-1GiB", "1GiB2"])
+def test_what_is_no_amount_of_memory_is_refused(text):
+    with pytest.raises(InputError, match="512MiB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("task", ["train", "score", "embed", "generate"])
+@pytest.mark.parametrize("budget", [220, 300, 500, 1000, 3000])
+def test_what_is_recommended_fits_and_nothing_wished_for_more_does(task, budget):
+    found = recommend(MODEL, budget * MIB, task)
+    assert found.peak <= budget * MIB
+    assert memory_use(found.config, found.workload) == found.use
+    wished = _candidates(found.config, task, found.workload.precision)
+    before = list(iter(lambda: next(wished), found))
+    assert all(each.peak > budget * MIB for each in before)
+
+
+def test_a_larger_budget_never_gets_a_smaller_window():
+    windows = [recommend(MODEL, budget * MIB).config.window for budget in range(200, 1200, 100)]
+    assert windows == sorted(windows)
+
+
+def test_every_step_has_as_many_tokens():
+    for budget in (210, 260, 400, 800, 2000):
+        found = recommend(MODEL, budget * MIB)
+        work = found.workload
+        assert work.lanes * work.windows * found.config.window * found.accumulate == 8192
+
+
+def test_a_budget_that_holds_nothing_is_refused_with_the_least_that_would():
+    with pytest.raises(InputError, match="the least is") as refused:
+        recommend(MODEL, 50 * MIB)
+    least = int(str(refused.value).split("the least is ")[1].split()[0])
+    assert recommend(MODEL, (least + 1) * MIB).config.window == 64
+
+
+def test_a_window_that_was_asked_for_is_kept():
+    assert recommend(MODEL, 2**31, windows=(128,)).config.window == 128
+
+
+def test_the_command_line_prints_a_command_that_parses(capsys):
+    assert main(["recommend", "--model", MODEL, "--budget", "300MiB"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[:2] == ["recur-gpt2", "finetune"]
+    assert main(["recommend", "--model", MODEL, "--budget", "nothing"]) == 2
+
+
+@pytest.mark.parametrize("flags", [["--lanes", "4"], ["--checkpointing"]], ids=" ".join)
+def test_a_budget_and_what_it_chooses_contradict_each_other(flags, capsys, tmp_path):
+    status = main(["finetune", "--memory-budget", "1GiB", "--output-dir", str(tmp_path / "run"), *flags])
+    assert status == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
+@pytest.mark.parametrize("budget", [260, 420, 900])
+def test_the_recommended_run_stays_inside_a_limit_of_the_system(budget, tmp_path):
+    words = shlex.split(command(recommend(MODEL, budget * MIB), MODEL))[1:]
+    words += ["--steps", "2", "--eval-tokens", "8192", "--output-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(budget * MIB), *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
+def test_a_limit_below_what_is_needed_stops_the_run(tmp_path):
+    """So that the test above can fail."""
+    words = shlex.split(command(recommend(MODEL, 900 * MIB), MODEL))[1:]
+    words += ["--steps", "1", "--eval-tokens", "8192", "--output-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(200 * MIB), *words], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode != 0
