@@ -25,7 +25,7 @@ def tune_allocator() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # never: the largest number, 2 GB, would cut off the room below
-    libc.mallopt(M_TOP_PAD, 64 * 2**20 if _allowed() is None else 2**20)  # room that a limit would count as taken
+    libc.mallopt(M_TOP_PAD, 2**20 if _is_limited() else 64 * 2**20)
     _put_heap_on_huge_pages(libc)
     _tuned = True
 
@@ -40,14 +40,9 @@ def release_memory() -> None:
         _put_heap_on_huge_pages(libc)
 
 
-def _allowed():
-    """Bytes that a limit on the process's data (ulimit -d) leaves; None without one."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if limit == resource.RLIM_INFINITY:
-        return None
-    with open("/proc/self/status") as status:
-        used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
-    return max(0, limit - used)
+def _is_limited():
+    """Whether the system limits this process's data (ulimit -d)."""
+    return resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
 
 
 def _is_glibc():
@@ -59,10 +54,9 @@ def _put_heap_on_huge_pages(libc):
 
     The room is address space only: memory is taken when a page is first written.
     """
-    size, allowed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4, _allowed()
-    if allowed is not None:
-        size = min(size, allowed - allowed // 8)  # the rest is for what lies beside the heap
-    size = size // HUGE_PAGE * HUGE_PAGE
+    if _is_limited():
+        return  # room counts as taken there
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // HUGE_PAGE * HUGE_PAGE
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes = [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]

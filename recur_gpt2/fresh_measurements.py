@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ from .allocator import release_memory, tune_allocator
 from .configuration import RecurGPT2Config
 from .memory import Workload
 
+# The limit counts what is reserved, used or not: stacks of the threads that a run starts, of eight megabytes each.
+RESERVED = 64 * 2**20
 OK, OUT_OF_MEMORY, FAILED = "ok", "out of memory", "failed"
 OUT_OF_MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate", "bad_alloc", "MemoryError", "create a primitive")
 
@@ -90,8 +93,7 @@ def limit_memory(budget: int | None) -> int:
     release_memory()
     base = reset_peak() or peak_resident()
     if budget is not None:
-        # What is reserved, used or not: stricter than what is resident.
-        limit = process_bytes("VmData") + budget
+        limit = process_bytes("VmData") + budget + RESERVED
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     tune_allocator()
     return base
@@ -99,6 +101,7 @@ def limit_memory(budget: int | None) -> int:
 
 def _warm_up():
     """Load what the libraries load when they are first used, with a model of a few kilobytes."""
+    import_module(".experiment", __package__)  # what only a whole run imports
     from .optimization import make_optimizer
     from .segment_loss import SegmentLoss
     from .training import TrainingArguments

@@ -122,7 +122,8 @@ def _training(config, work):
     state = _state(config, work) * (min(KEPT, work.windows) + 2 if work.checkpointing else work.windows)
     logits = _loss(config, work, tokens, with_gradients=True)
     casts = _casts(config, work)
-    if work.checkpointing:  # all gradients stand throughout
+    if work.checkpointing:  # all gradients stand throughout; and one layer's activations have theirs beside them
+        saved += tokens * max(_returning(config, layer, work.width) for layer in range(config.n_layer))
         return _with_heap("recomputed", weights, weights, 2 * weights, casts, saved, state, logits)
     # Either the loss, when everything is saved and of the gradients the head's alone is there; or the end of the
     # backward pass, when all are, and the embedding's stands beside the head's.
@@ -193,6 +194,15 @@ def _saved(config, layer, width):
     # Both sides of the activation; two residuals; both norms' outputs, as the products take them; joined heads.
     shared = 2 * inner * width + 2 * wide * FLOAT + 2 * wide * width + wide * width
     return shared + (_linear if layer in config.linear_layers else _softmax)(config, layer, width)
+
+
+def _returning(config, layer, width):
+    """Bytes a token of the gradients of a layer at hand: both sides of the activation, residuals, attention weights."""
+    inner, window, step = config.n_inner or 4 * config.n_embd, config.window, min(QUERIES_IN_PRODUCTS, config.window)
+    weights = 0
+    if width == LOW and layer not in config.linear_layers:
+        weights = 2 * width * config.n_head * (config.memory_slots + (window + step) / 2)
+    return 2 * inner * width + 2 * config.n_embd * FLOAT + weights
 
 
 def _softmax(config, layer, width):

@@ -26,6 +26,7 @@ SEGMENT = 4  # K, windows that gradients reach back over
 BLOCK_TOKENS = 2048  # read at once without gradients: as fast as more on a CPU
 COMMANDS = {"train": "finetune", "score": "evaluate", "embed": "embed", "generate": "generate"}
 MARGIN = 1.1  # what fits must fit with so much room: the formulas are right to a tenth
+DOCUMENTS = 64 * 2**20  # beside the model: tokenizer, documents, logs, threads
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -47,8 +48,8 @@ class Recommendation:
 
     @property
     def peak(self) -> int:
-        """Bytes, with the formulas' margin."""
-        return round(MARGIN * self.use.total)
+        """Bytes, with the formulas' margin and room for what a whole run has beside its model."""
+        return round(MARGIN * self.use.total) + DOCUMENTS
 
 
 def parse_bytes(text: str) -> int:
@@ -171,6 +172,6 @@ def settings_line(recommendation: Recommendation) -> str:
     parts += [work.precision]
     mib = 2**20
     return (
-        f"{', '.join(parts)}: {use.total / mib:,.0f} MiB predicted, {recommendation.peak / mib:,.0f} with a margin of "
-        f"a tenth ({use.fixed / mib:,.0f} of them weights, gradients and optimizer)"
+        f"{', '.join(parts)}: {use.total / mib:,.0f} MiB predicted, {recommendation.peak / mib:,.0f} to be safe "
+        f"({use.fixed / mib:,.0f} are weights, gradients and optimizer)"
     )
