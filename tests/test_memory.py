@@ -25,7 +25,7 @@ LARGE = MINI | {
 # name -> (window, recurrence, workload, fields of the configuration)
 TRAINING = {
     "one lane": (256, "default", Workload("train", 1, 4, False, "float32"), {}),
-    "many short windows": (64, "default", Workload("train", 8, 4, False, "float32"), {}),
+    "many short windows": (64, "default", Workload("train", 8, 2, False, "float32"), {}),
     "no memory": (256, "none", Workload("train", 2, 2, False, "float32"), {}),
     "16 bit": (256, "default", Workload("train", 2, 4, False, "bfloat16"), {}),
     "long windows": (1024, "default", Workload("train", 1, 1, False, "bfloat16"), {}),
@@ -77,7 +77,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tell
 @pytest.mark.parametrize("case", TRAINING.values(), ids=TRAINING.keys())
 def test_finetuning_takes_what_the_formula_says(checkpoint, case):
     predicted, peak = predicted_and_measured(checkpoint(LARGE), LARGE, *case)
-    assert predicted == pytest.approx(peak, rel=0.1)
+    assert predicted == pytest.approx(peak, rel=0.15)
 
 
 @linux_only
@@ -86,7 +86,7 @@ def test_finetuning_takes_what_the_formula_says(checkpoint, case):
 def test_reading_takes_what_the_formula_says(checkpoint, case):
     """Less exactly: without gradients little is held, and how the heap rounds it differs from run to run."""
     predicted, peak = predicted_and_measured(checkpoint(LARGE), LARGE, *case)
-    assert predicted == pytest.approx(peak, rel=0.2)
+    assert predicted == pytest.approx(peak, rel=0.25)
 
 
 def test_parameters_are_counted_as_they_are():
