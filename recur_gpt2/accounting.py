@@ -48,7 +48,7 @@ def _linear_flops(config):
     """FLOPs of linear attention for one token: features, products inside a chunk, and sums from chunk to chunk."""
     if config.near_tokens:
         return _near_flops(config)
-    head, features, matrix = _features(config)
+    head, features, matrix = head_features(config)
     chunk = min(CHUNK, config.window)
     carrying = 2 * features * head if config.carry_linear_state else 0  # of windows computed together
     each = 4 * head * matrix + 2 * chunk * (features + head) + 4 * features * head + carrying
@@ -57,7 +57,7 @@ def _linear_flops(config):
 
 def _near_flops(config):
     """The same of layers with `near_tokens`, where a chunk's queries meet w places in front of it and its own."""
-    head, features, matrix = _features(config)
+    head, features, matrix = head_features(config)
     near, window = config.near_tokens, config.window
     chunk = min(near_attention.CHUNK, near, window)
     chunked = -(-window // chunk) * chunk / window  # of the last chunk's queries, some are padding
@@ -70,10 +70,10 @@ def _recomputed_flops(config):
     """FLOPs for one token of what linear attention's backward pass makes once more: the products inside a chunk."""
     if config.near_tokens:
         return 0
-    return 2 * config.n_head * min(CHUNK, config.window) * _features(config)[1]
+    return 2 * config.n_head * min(CHUNK, config.window) * head_features(config)[1]
 
 
-def _features(config):
+def head_features(config: RecurGPT2Config) -> tuple[int, int, int]:
     """d, k and rows of a head's feature matrix."""
     head = config.n_embd // config.n_head
     features = head if config.feature_map == "elu" else config.feature_size
@@ -89,7 +89,7 @@ def _reading_flops(config, *, linear):
     width, window, slots = config.n_embd, config.window, config.memory_slots
     attending = 4 * width * window * slots
     if linear:
-        _, features, matrix = _features(config)
+        _, features, matrix = head_features(config)
         attending = 2 * width * max(0, slots - config.near_tokens) * (matrix + features)
     if not config.pool_layers:
         return attending

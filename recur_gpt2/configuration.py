@@ -99,10 +99,14 @@ class RecurGPT2Config(GPT2Config):
         return bool(self.memory_slots or self.carry_linear_state)
 
     @property
+    def inner_width(self) -> int:
+        """Width of the feed-forward nets' inner layer."""
+        return self.n_inner or 4 * self.n_embd
+
+    @property
     def plain_flops(self) -> int:
         """FLOPs of plain GPT-2 for one token of a window, LM head included, without memory."""
-        inner = self.n_inner or 4 * self.n_embd
-        layer = 2 * self.n_embd * (4 * self.n_embd + 2 * inner) + 4 * self.n_embd * self.window
+        layer = 2 * self.n_embd * (4 * self.n_embd + 2 * self.inner_width) + 4 * self.n_embd * self.window
         return self.n_layer * layer + 2 * self.n_embd * self.vocab_size
 
     def _default_insert_layers(self):

@@ -31,7 +31,6 @@ from .evaluation import CONTROLS, PARALLEL_WINDOWS, PROTOCOLS, Evaluation, evalu
 from .files import atomic_write_text
 from .initialization import load_config
 from .loading import load_any, load_tokenizer, plain_copy, save_model
-from .modeling import RecurGPT2LMHeadModel
 from .precision import autocast_dtype
 from .processes import Processes
 from .report import gap_covered, write_report
@@ -156,9 +155,7 @@ def _load(args):
     """The model to finetune: a GPT-2 with what the arguments add to it, or one of ours as it is."""
     config = load_config(args.model)
     if config.model_type != RecurGPT2Config.model_type:
-        return RecurGPT2LMHeadModel.from_gpt2(
-            args.model, window=args.window, recurrence=args.recurrence, **args.model_options
-        )
+        return load_any(args.model, args.window, args.recurrence, **args.model_options)
     differing = {key: value for key, value in args.model_options.items() if getattr(config, key) != value}
     if args.recurrence != ExperimentArguments.recurrence and args.recurrence != config.recurrence:
         differing["recurrence"] = args.recurrence

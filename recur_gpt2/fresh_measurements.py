@@ -102,6 +102,7 @@ def limit_memory(budget: int | None) -> int:
 def _warm_up():
     """Load what the libraries load when they are first used, with a model of a few kilobytes."""
     import_module(".experiment", __package__)  # what only a whole run imports
+    from .modeling import RecurGPT2LMHeadModel
     from .optimization import make_optimizer
     from .segment_loss import SegmentLoss
     from .training import TrainingArguments
@@ -110,8 +111,6 @@ def _warm_up():
     config = RecurGPT2Config(
         n_layer=1, n_embd=32, n_head=2, vocab_size=300, window=32, last_slots=4, bos_token_id=0, eos_token_id=0
     )
-    from .modeling import RecurGPT2LMHeadModel
-
     model = RecurGPT2LMHeadModel(config).train()
     ids, starts = torch.zeros(2, 2, 32, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.bool)
     segment = Segment(ids, ids, starts, starts.long(), starts.long())
@@ -140,23 +139,15 @@ class RandomCorpus:
 
 
 def _measure(job: Job) -> dict:
-    from .initialization import load_config
     from .loading import load_any
-    from .modeling import RecurGPT2LMHeadModel
 
     base = limit_memory(job.budget)
-    if load_config(job.model).model_type == RecurGPT2Config.model_type:
-        model = load_any(job.model, job.window)
-    else:
-        model = RecurGPT2LMHeadModel.from_gpt2(job.model, window=job.window, recurrence=job.recurrence, **job.options)
-    model.to(job.device)
+    model = load_any(job.model, job.window, job.recurrence, **job.options).to(job.device)
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seen, seconds = {"train": _train, "score": _score, "embed": _embed, "generate": _generate}[job.workload.task](
-        model, job
-    )
+    speed = {"train": _train, "score": _score, "embed": _embed, "generate": _generate}[job.workload.task](model, job)
     peak = torch.cuda.max_memory_allocated() if job.device == "cuda" else peak_resident() - base
-    return {"status": OK, "peak_memory_bytes": peak, "tokens_per_second": seen / seconds}
+    return {"status": OK, "peak_memory_bytes": peak, "tokens_per_second": speed}
 
 
 def _train(model, job):
@@ -176,7 +167,7 @@ def _train(model, job):
     with tempfile.TemporaryDirectory() as folder:
         history = Trainer(model, corpus, args, Path(folder), device=job.device).run()
     speeds = sorted(row["tokens_per_second"] for row in history[1:])
-    return speeds[len(speeds) // 2], 1.0
+    return speeds[len(speeds) // 2]
 
 
 def _score(model, job):
@@ -194,7 +185,7 @@ def _score(model, job):
         parallel_windows=job.workload.windows,
         dtype=_dtype(job),
     )
-    return sum(map(len, documents)) - len(documents), scored.seconds
+    return (sum(map(len, documents)) - len(documents)) / scored.seconds
 
 
 def _embed(model, job):
@@ -208,14 +199,14 @@ def _embed(model, job):
     began = time.perf_counter()
     with torch.autocast(job.device, _dtype(job), enabled=_dtype(job) is not None):
         embedder.encode(texts, batch_tokens=job.workload.lanes * job.workload.windows * job.window)
-    return job.workload.lanes * length, time.perf_counter() - began
+    return job.workload.lanes * length / (time.perf_counter() - began)
 
 
 @torch.no_grad()
 def _generate(model, job):
     """A window read, then two written token by token, in every lane."""
     ids = torch.zeros(job.workload.lanes, job.window, dtype=torch.int64, device=job.device)
-    new, began = job.length or 2 * job.window, time.perf_counter()
+    new = job.length or 2 * job.window
     with torch.autocast(job.device, _dtype(job), enabled=_dtype(job) is not None):
         state = model.transformer(ids).state
         token = ids[:, -1:]
@@ -223,7 +214,7 @@ def _generate(model, job):
         for _ in range(new):
             out = model(token, state=state)
             state, token = out.state, out.logits[:, -1:].argmax(dim=-1)
-    return job.workload.lanes * new, time.perf_counter() - began
+    return job.workload.lanes * new / (time.perf_counter() - began)
 
 
 def _random_documents(model, count, length):

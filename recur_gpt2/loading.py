@@ -27,11 +27,12 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def load_any(name_or_path: str, window: int | None = None, recurrence: str = "none") -> RecurGPT2LMHeadModel:
-    """One of our models as it is, or a GPT-2 given a window (256 unless said otherwise) and a recurrence."""
+def load_any(name_or_path: str, window: int | None = None, recurrence: str = "none", **options) -> RecurGPT2LMHeadModel:
+    """One of our models as it is, or a GPT-2 given a window (256 unless said otherwise), a recurrence and `options`."""
     config = load_config(name_or_path)
     if config.model_type != RecurGPT2Config.model_type:
-        return _read(RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence=recurrence))
+        made = RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence=recurrence, **options)
+        return _read(made)
     if window not in (None, config.window):
         raise InputError(
             f"{name_or_path} was made for window={config.window}, not {window}; give --window {config.window}"

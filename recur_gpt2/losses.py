@@ -73,6 +73,11 @@ def accumulate_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, scale:
     return None if grad_hidden is None else grad_hidden.view(hidden.shape).to(hidden.dtype)
 
 
+def cpu_chunk_rows(vocabulary: int) -> int:
+    """Positions whose logits exist at a time on a CPU."""
+    return max(1, min(CPU_ROWS, CPU_LOGITS // vocabulary))
+
+
 def _dtype(hidden):
     """What the products run in: the autocast type, if there is one."""
     device = hidden.device.type
@@ -82,7 +87,7 @@ def _dtype(hidden):
 def _chunks(hidden, weight):
     """Slices of the rows of `hidden` (N, D)."""
     on_cpu = hidden.device.type == "cpu"
-    step = max(1, min(CPU_ROWS, CPU_LOGITS // len(weight))) if on_cpu else max(CPU_ROWS, LOGITS // len(weight))
+    step = cpu_chunk_rows(len(weight)) if on_cpu else max(CPU_ROWS, LOGITS // len(weight))
     return [slice(start, min(start + step, len(hidden))) for start in range(0, len(hidden), step)]
 
 

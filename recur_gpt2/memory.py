@@ -16,12 +16,13 @@ from functools import lru_cache
 import torch
 
 from . import near_attention
+from .accounting import head_features
 from .attention import LONGEST_PRODUCTS, QUERIES_IN_PRODUCTS
 from .configuration import RecurGPT2Config
 from .errors import InputError
 from .layers import TOKENS_AT_ONCE
 from .linear_attention import CHUNK
-from .losses import CPU_LOGITS, CPU_ROWS
+from .losses import cpu_chunk_rows
 from .modeling import RecurGPT2LMHeadModel
 from .recomputation import KEPT
 
@@ -157,8 +158,7 @@ def _casts(config, work):
     """Weights of all matrix products in 16 bit: autocast keeps them as long as a graph does."""
     if work.precision != "bfloat16":
         return 0
-    inner = config.n_inner or 4 * config.n_embd
-    layers = config.n_layer * config.n_embd * (4 * config.n_embd + 2 * inner)
+    layers = config.n_layer * config.n_embd * (4 * config.n_embd + 2 * config.inner_width)
     return LOW * (layers + (config.vocab_size * config.n_embd if work.task in ("train", "score") else 0))
 
 
@@ -173,7 +173,7 @@ def _state(config, work):
 
 def _loss(config, work, tokens, *, with_gradients):
     """The chunk of logits at hand, and the hidden states with their gradient."""
-    rows = min(CPU_ROWS, max(1, CPU_LOGITS // config.vocab_size), tokens)
+    rows = min(cpu_chunk_rows(config.vocab_size), tokens)
     wide = 2 * FLOAT + (LOW if work.width == LOW else 0)  # logits, softmax, and the logits in 16 bit
     hidden = FLOAT + (2 * work.width + FLOAT if with_gradients else work.width)
     return rows * config.vocab_size * wide + tokens * config.n_embd * hidden
@@ -182,23 +182,27 @@ def _loss(config, work, tokens, *, with_gradients):
 def _passing(config, layer, width, tokens):
     """Bytes of the layer at hand, without gradients: what goes in and, while it attends, queries, keys and values (with
     memory once more, behind its slots), what they attend to; or both sides of the activation, for some tokens."""
-    inner, wide = config.n_inner or 4 * config.n_embd, config.n_embd
-    attending = _linear(config, layer, width) if layer in config.linear_layers else _softmax(config, layer, width)
-    attention = tokens * (2 * wide * FLOAT + wide * width + attending)
+    inner, wide = config.inner_width, config.n_embd
+    attention = tokens * (2 * wide * FLOAT + wide * width + _attention(config, layer, width))
     return max(attention, 3 * wide * FLOAT * tokens + 2 * inner * width * min(tokens, TOKENS_AT_ONCE))
 
 
 def _saved(config, layer, width):
     """Bytes a token that a layer keeps for the backward pass."""
-    inner, wide = config.n_inner or 4 * config.n_embd, config.n_embd
+    inner, wide = config.inner_width, config.n_embd
     # Both sides of the activation; two residuals; both norms' outputs, as the products take them; joined heads.
     shared = 2 * inner * width + 2 * wide * FLOAT + 2 * wide * width + wide * width
-    return shared + (_linear if layer in config.linear_layers else _softmax)(config, layer, width)
+    return shared + _attention(config, layer, width)
+
+
+def _attention(config, layer, width):
+    """Of the attention alone."""
+    return (_linear if layer in config.linear_layers else _softmax)(config, layer, width)
 
 
 def _returning(config, layer, width):
     """Bytes a token of the gradients of a layer at hand: both sides of the activation, residuals, attention weights."""
-    inner, window, step = config.n_inner or 4 * config.n_embd, config.window, min(QUERIES_IN_PRODUCTS, config.window)
+    inner, window, step = config.inner_width, config.window, min(QUERIES_IN_PRODUCTS, config.window)
     weights = 0
     if width == LOW and layer not in config.linear_layers:
         weights = 2 * width * config.n_head * (config.memory_slots + (window + step) / 2)
@@ -219,8 +223,7 @@ def _softmax(config, layer, width):
 def _linear(config, layer, width):
     """Of linear attention: queries, keys and values, features of both, each chunk's sums."""
     wide, heads = config.n_embd, config.n_head
-    head = wide // heads
-    features = head if config.feature_map == "elu" else config.feature_size
+    head, features, _ = head_features(config)
     maps = 2 * heads * head * features / config.window
     if config.near_tokens:
         chunk = min(near_attention.CHUNK, config.near_tokens, config.window)

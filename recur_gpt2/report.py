@@ -108,10 +108,14 @@ def markdown_report(results):
 
 def markdown_table(rows):
     """The rows as in `format_table`, with what each one is in front."""
-    head = ["row", *COLUMNS]
-    marks = ["---"] * (1 + len(WORDS)) + ["---:"] * len(NUMBERS)
-    body = [[row_label(row), *(text(row) for text in COLUMNS.values())] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, marks, *body))
+    return pipe_table({"row": row_label} | COLUMNS, rows, numbers=len(NUMBERS))
+
+
+def pipe_table(columns, rows, *, numbers=0):
+    """{heading: function from a row to its text} and rows -> a Markdown table; `numbers` columns to the right."""
+    marks = ["---"] * (len(columns) - numbers) + ["---:"] * numbers
+    lines = [list(columns), marks, *([text(row) for text in columns.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def row_label(row):

@@ -16,7 +16,7 @@ import numpy as np
 from .evaluation import resample
 from .files import atomic_write_text
 from .plots import source_line
-from .report import INTERVAL_NOTE, MEBI, MISSING, NUMBERS, bullets, cell
+from .report import INTERVAL_NOTE, MEBI, MISSING, NUMBERS, bullets, cell, pipe_table
 from .sweep_plots import PICTURES, measured, scored, write_plots
 
 SIDES = {
@@ -247,7 +247,7 @@ def comparison(rows, cost):
             f"{side} token ppl": side_cell(side, NUMBERS["token ppl"]),
         }
     columns |= {"difference (nats/token)": cell("difference", "+.4f"), "95% interval": difference_cell}
-    return [f"## By {kind.name}", verdict(compared), table(columns, compared), TABLE_NOTE]
+    return [f"## By {kind.name}", verdict(compared), pipe_table(columns, compared), TABLE_NOTE]
 
 
 def side_cell(side, text):
@@ -266,19 +266,13 @@ def points_table(points):
         "training MFLOPs/token": cell("training_flops_per_token", ",.1f", unit=1e6),
     }
     filled = {head: text for head, text in numbers.items() if any(text(row) != MISSING for row in points)}
-    return table(named | varying_settings(points) | filled, points)
+    return pipe_table(named | varying_settings(points) | filled, points)
 
 
 def varying_settings(points):
     keys = dict.fromkeys(key for row in points for key in row.get("settings") or {})
     columns = {key: lambda row, key=key: str((row.get("settings") or {}).get(key, MISSING)) for key in keys}
     return {key: text for key, text in columns.items() if len({text(row) for row in points}) > 1}
-
-
-def table(columns, rows):
-    """{heading: function from a row to its text} and rows -> a Markdown table."""
-    lines = [list(columns), ["---"] * len(columns), *([text(row) for text in columns.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def unmeasured(rows):
