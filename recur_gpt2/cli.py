@@ -123,7 +123,7 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> N
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one")
     add("--resume", action="store_true", help="go on where an earlier run in --output-dir stopped")
     add("--output-dir", type=Path, help="default: runs/NAME-wWINDOW")
-    add("--rows", nargs="+", help="rows to score (default: all)")
+    add("--rows", nargs="*", help="rows to score; none after the flag: finetune only (default: all)")
     add("--no-control", action="store_true", help="leave out finetuning without recurrence")
     for slots in ("sink", "last", "pooled"):
         add(f"--{slots}-slots", type=int, help=f"{slots} slots of memory a layer (default: the preset's)")

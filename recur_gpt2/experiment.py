@@ -280,7 +280,7 @@ def _results(args, evaluations, training, processes):
         "versions": versions,
         "loss_by_position": positions,
         "loss_by_document": {name: [float(losses.sum()) for losses in evaluations[name].losses] for name in names},
-        "tokens_by_document": [len(losses) for losses in evaluations[names[0]].losses],
+        "tokens_by_document": [len(losses) for losses in evaluations[names[0]].losses] if names else [],
         "training": training,
     }
 
