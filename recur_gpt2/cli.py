@@ -1,4 +1,4 @@
-"""The command line, `recur-gpt2 finetune | evaluate | convert | embed | search | recommend`; run_pg19.py shares some.
+"""The command line, `recur-gpt2 finetune | evaluate | convert | embed | search | recommend | sweep`; run_pg19.py too.
 
 Parses, calls, prints. Bad input ends in one sentence and exit status 2, Ctrl-C in status 130. Where several processes
 were started, the main one prints.
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from .allocator import tune_allocator
-from .cli_budget import add_recommend_arguments, run_recommend, settle
+from .cli_budget import add_recommend_arguments, add_sweep_arguments, run_recommend, run_sweep_command, settle
 from .errors import InputError
 
 ATTENTION_DEFAULTS = {"feature_map": "t2r", "feature_size": 32, "near_tokens": 0, "carry_linear_state": False}
@@ -43,6 +43,12 @@ def main(argv: list[str] | None = None) -> int:
             "settings that fit a memory budget, and the command",
             partial(add_recommend_arguments, model=str(BUNDLED_MODEL)),
             run_recommend,
+        ),
+        (
+            "sweep",
+            "measure perplexity against memory and computation",
+            partial(add_sweep_arguments, model=str(BUNDLED_MODEL)),
+            run_sweep_command,
         ),
     )
     for name, purpose, add_arguments, run in each:
@@ -220,7 +226,7 @@ def _add_evaluate_arguments(parser):
     add("--parallel-windows", type=int, default=4, help="windows of a document computed at once (default: 4)")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="auto measures which is faster")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one")
-    add("--json", type=Path, help="write the rows to this file too")
+    add("--json", type=Path, help="write the rows to this file too, with the loss of each document")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -229,11 +235,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
         return  # one process evaluates
     import json
 
-    from .experiment import evaluate_model
     from .files import atomic_write_text
     from .report import format_table
+    from .scoring import evaluate_model
 
-    rows = evaluate_model(
+    scored = evaluate_model(
         args.model,
         args.data,
         split=args.split,
@@ -246,9 +252,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
         precision=args.precision,
         device=args.device,
     )
-    print(format_table(rows))
+    print(format_table(scored["rows"]))
     if args.json:
-        atomic_write_text(args.json, json.dumps({"rows": rows}, indent=1) + "\n")
+        atomic_write_text(args.json, json.dumps(scored, indent=1) + "\n")
 
 
 def _add_convert_arguments(parser):

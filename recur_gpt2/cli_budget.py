@@ -1,8 +1,10 @@
-"""The command line's part about memory: `recur-gpt2 recommend`, and `--memory-budget` of the main job."""
+"""The command line about memory: `recur-gpt2 recommend`, `recur-gpt2 sweep`, and `--memory-budget` of the main job."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
+from pathlib import Path
 
 from .errors import InputError
 
@@ -35,6 +37,51 @@ def run_recommend(args: argparse.Namespace) -> None:
     )
     print(settings_line(found))
     print(command(found, args.model, args.data))
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser, *, model: str) -> None:
+    add = parser.add_argument
+    add("--model", default=model, help="GPT-2 checkpoint: hub id or folder (default: data/gpt2-mini)")
+    add("--data", default="pg19-sample", help="documents, as for finetune (default: pg19-sample)")
+    tasks = ["train", "score", "embed", "generate"]
+    add("--task", default="train", choices=tasks, help="what memory and speed are measured of (default: train)")
+    add("--budget", nargs="+", metavar="512MiB", help="memory to try (default: from the least that holds a point up)")
+    add("--windows", type=int, nargs="+", help="T (default: 64 128 256 512 1024)")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="of disjoint, overlap, recurrent, recurrent+overlap, t2r, recurrent+t2r (default: all that the task has)",
+    )
+    add("--lanes", type=_lanes, default="auto", help="documents read side by side; auto: as many as fit (default)")
+    add("--finetune-tokens", type=int, default=327680, help="of every finetuning (default: 327680)")
+    add("--finetuned", type=Path, help="models and scores to use and add to, an earlier sweep's or your own")
+    splits = ["train", "validation", "test"]
+    add("--eval-split", default="test", choices=splits, help="documents to score (default: test)")
+    add("--eval-tokens", type=int, default=147456, help="to score, 0: memory and speed alone (default: 147456)")
+    add("--precision", choices=["float32", "bfloat16"], help="default: what this processor is made for")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one")
+    add("--output-dir", type=Path, required=True, help="folder for results.jsonl, results.csv, report.md and pictures")
+    add("--resume", action="store_true", help="go on with what an earlier sweep in --output-dir left")
+
+
+def _lanes(text):
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of lanes; give auto, or 1 or more")
+    return int(text)
+
+
+def run_sweep_command(args: argparse.Namespace) -> None:
+    """Sweep, and say where recurrence is worth its cost."""
+    from .recommendation import parse_bytes
+    from .sweep import SweepArguments, run_sweep
+    from .sweep_report import verdicts
+
+    given = {field.name: getattr(args, field.name) for field in fields(SweepArguments) if hasattr(args, field.name)}
+    budgets = None if args.budget is None else [parse_bytes(text) for text in args.budget]
+    print(verdicts(run_sweep(SweepArguments(**given, budgets=budgets))))
 
 
 def settle(args: argparse.Namespace, options: dict) -> None:

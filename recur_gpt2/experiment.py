@@ -25,15 +25,16 @@ import torch
 
 from .allocator import release_memory
 from .configuration import RecurGPT2Config
-from .corpora import Corpus, load_corpus
+from .corpora import load_corpus
 from .errors import InputError
-from .evaluation import CONTROLS, PARALLEL_WINDOWS, PROTOCOLS, Evaluation, evaluate, gap_covered_interval
+from .evaluation import CONTROLS, PARALLEL_WINDOWS, Evaluation, evaluate, gap_covered_interval
 from .files import atomic_write_text
 from .initialization import load_config
 from .loading import load_any, load_tokenizer, plain_copy, save_model
 from .precision import autocast_dtype
 from .processes import Processes
 from .report import gap_covered, write_report
+from .scoring import by_document, checked_device, evaluation_documents
 from .training import Trainer, TrainingArguments
 
 ROW_ORDER = (
@@ -83,7 +84,7 @@ class ExperimentArguments:
 
     def __post_init__(self):
         self.output_dir = Path(self.output_dir)
-        self.device = _device(self.device)
+        self.device = checked_device(self.device)
         unknown = [row for row in self.rows or () if row not in ROW_ORDER]
         if unknown:
             raise InputError(f"row {unknown[0]!r} is not known; use some of {', '.join(ROW_ORDER)}")
@@ -118,24 +119,6 @@ def run_experiment(args: ExperimentArguments) -> dict | None:
     results = _results(args, _evaluate_all(args, documents, tokenizer), training, processes)
     write_report(results, args.output_dir)
     return results
-
-
-def evaluation_documents(corpus: Corpus, tokens: int | None) -> list[np.ndarray]:
-    """Documents to score: whole, or the first tokens of each, as many from each and `tokens` in all."""
-    if tokens is None:
-        return list(corpus.documents())
-    if corpus.num_documents is None:
-        raise InputError("eval_tokens needs to know how many documents there are; leave it out for streamed data")
-    share = max(2, tokens // corpus.num_documents)
-    return [ids[:share] for ids in corpus.documents()]
-
-
-def _device(name):
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device='cuda' was asked for, but PyTorch sees no GPU; use --device cpu")
-    return name
 
 
 def _alone(task: Callable) -> Callable:
@@ -279,8 +262,7 @@ def _results(args, evaluations, training, processes):
         "settings": _settings(args) | {"processes": processes.count},
         "versions": versions,
         "loss_by_position": positions,
-        "loss_by_document": {name: [float(losses.sum()) for losses in evaluations[name].losses] for name in names},
-        "tokens_by_document": [len(losses) for losses in evaluations[names[0]].losses] if names else [],
+        **by_document({name: evaluations[name] for name in names}),
         "training": training,
     }
 
@@ -296,51 +278,3 @@ def _control_of(row):
     """The control behind a row's name, or None."""
     control = row.removeprefix("recurrent_")
     return control if control in CONTROLS else None
-
-
-def evaluate_model(
-    name_or_path: str,
-    data: str,
-    *,
-    split: str = "test",
-    window: int | None = None,
-    recurrence: str = "none",
-    protocols: list[str] | None = None,
-    eval_tokens: int | None = None,
-    lanes: int = 8,
-    parallel_windows: int = PARALLEL_WINDOWS,
-    precision: str = "auto",
-    device: str = "auto",
-) -> list[dict]:
-    """Score a split with one model, by each protocol and control named; rows as in results.json.
-
-    Raises:
-        InputError: bad input of any kind.
-    """
-    device = _device(device)
-    tokenizer = load_tokenizer(name_or_path)
-    model = load_any(name_or_path, window, recurrence).to(device)
-    documents = evaluation_documents(load_corpus(data, split, tokenizer), eval_tokens)
-    possible = (*PROTOCOLS, *CONTROLS) if model.config.is_recurrent else PROTOCOLS[:2]
-    if len(documents) < 2:
-        possible = tuple(name for name in possible if name != "shuffled")
-    unknown = [name for name in protocols or () if name not in possible]
-    if unknown:
-        raise InputError(f"protocol {unknown[0]!r} is not one of this model's; use {', '.join(possible)}")
-    dtype = autocast_dtype(model, precision)
-    rows = []
-    for name in protocols or possible:
-        protocol, control = ("recurrent", name) if name in CONTROLS else (name, None)
-        scored = evaluate(
-            model,
-            documents,
-            tokenizer,
-            protocol=protocol,
-            control=control,
-            lanes=lanes,
-            parallel_windows=parallel_windows,
-            dtype=dtype,
-            progress=True,
-        )
-        rows.append(scored.row(name, protocol, model.config.window))
-    return rows

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+from transformers import PretrainedConfig
 
 from .accounting import flops_per_token
 from .configuration import RecurGPT2Config
@@ -88,11 +89,11 @@ def recommend(
     Raises:
         InputError: nothing fits; it says the least that would.
     """
-    precision = precision or _precision(task)
+    precision = precision or default_precision(task)
     configs = _configs(load_config(model), windows, recurrence, options or {})
     least = None
     for config in configs:
-        for each in _candidates(config, task, precision):
+        for each in candidates(config, task, precision):
             if each.peak <= budget:
                 return each
             least = each if least is None or each.peak < least.peak else least
@@ -103,21 +104,27 @@ def recommend(
     )
 
 
-def _precision(task):
-    """Weights are cast on the fly, which takes memory: worth it where products dominate."""
+def default_precision(task):
+    """What a task is computed in unless said otherwise: weights are cast on the fly, which takes memory, and is worth
+    it where products dominate."""
     return "bfloat16" if task == "train" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def _configs(config, windows, recurrence, options):
     if config.model_type == RecurGPT2Config.model_type:
         return [config]
-    fields = config.to_dict() | options | {"recurrence": recurrence}
-    fields.pop("model_type")
     windows = [window for window in windows or WINDOWS if window <= config.n_positions] or [config.n_positions]
-    return [RecurGPT2Config(**fields | {"window": window}) for window in windows]
+    return [with_window(config, window, recurrence=recurrence, **options) for window in windows]
 
 
-def _candidates(config: RecurGPT2Config, task: str, precision: str) -> Iterator[Recommendation]:
+def with_window(config: PretrainedConfig, window: int, **options) -> RecurGPT2Config:
+    """The configuration that a GPT-2's becomes with a window and other fields of RecurGPT2Config."""
+    fields = config.to_dict() | options | {"window": window}
+    fields.pop("model_type")
+    return RecurGPT2Config(**fields)
+
+
+def candidates(config: RecurGPT2Config, task: str, precision: str) -> Iterator[Recommendation]:
     """All settings for one window, from the one that is wished for most."""
     for workload, accumulate in (_steps if task == "train" else _readings)(config, task, precision):
         use = memory_use(config, workload)

@@ -236,9 +236,20 @@ def swept(rows, settings):
     )
 
 
+def verdicts(rows):
+    """What the report says of each cost, a line each."""
+    said = {kind.name: verdict(everywhere(rows, cost)) for cost, kind in COSTS.items()}
+    return "\n".join(f"By {name}: {text}" for name, text in said.items())
+
+
+def everywhere(rows, cost):
+    """The comparison at every budget from the smallest up, a row for each at which it changes."""
+    return changes(frontier(rows, levels(rows, cost), cost))
+
+
 def comparison(rows, cost):
     """The section of one cost: verdict, table of its frontier, what the table says."""
-    compared = changes(frontier(rows, levels(rows, cost), cost))
+    compared = everywhere(rows, cost)
     kind = COSTS[cost]
     columns = {f"{kind.name} from ({kind.unit})": lambda row: kind.text(row["budget"])}
     for side in SIDES:

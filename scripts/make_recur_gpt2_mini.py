@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 
 from recur_gpt2 import RecurGPT2LMHeadModel
 from recur_gpt2.allocator import tune_allocator
-from recur_gpt2.experiment import evaluate_model
 from recur_gpt2.files import atomic_write_text
 from recur_gpt2.fresh_runs import finetuned
+from recur_gpt2.scoring import evaluate_model
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 FLAGS = "--window 256 --steps 1600 --lr 1e-4 --eval-split validation --eval-tokens 8192 --rows recurrent --no-control"
@@ -101,7 +101,7 @@ def write_card(work_dir, model, names, training):
                 window=config.window,
                 protocols=protocols,
                 eval_tokens=147456,
-            )
+            )["rows"]
             for protocol, row in zip(protocols, rows, strict=True):
                 low, high = row["nats_interval"]
                 lines.append(

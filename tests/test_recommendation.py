@@ -11,7 +11,7 @@ import pytest
 from recur_gpt2.cli import main
 from recur_gpt2.errors import InputError
 from recur_gpt2.memory import memory_use
-from recur_gpt2.recommendation import _candidates, command, parse_bytes, recommend
+from recur_gpt2.recommendation import candidates, command, parse_bytes, recommend
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(ROOT / "data" / "gpt2-mini")
@@ -46,7 +46,7 @@ def test_what_is_recommended_fits_and_nothing_wished_for_more_does(task, budget)
     found = recommend(MODEL, budget * MIB, task)
     assert found.peak <= budget * MIB
     assert memory_use(found.config, found.workload) == found.use
-    wished = _candidates(found.config, task, found.workload.precision)
+    wished = candidates(found.config, task, found.workload.precision)
     before = list(iter(lambda: next(wished), found))
     assert all(each.peak > budget * MIB for each in before)
 
