@@ -105,7 +105,7 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, *, data: str) -> N
     add("--recurrence", default="default", help="default, yoshida2020 or none")
     add("--bptt", type=int, help="K, windows that gradients reach back over (default: 4)")
     add("--steps", type=int, default=120, help="optimizer steps (default: 120)")
-    add("--lanes", type=int, help="documents read side by side (default: 8)")
+    add("--lanes", type=int, help="documents read side by side (default: 8); with a budget, at most")
     add("--lr", type=float, default=3e-5, help="peak learning rate of the pretrained weights (default: 3e-5)")
     add(
         "--recurrence-lr",

@@ -9,7 +9,7 @@ from pathlib import Path
 from .errors import InputError
 
 DEFAULTS = {"window": 256, "lanes": 8, "bptt": 4, "accumulate": 1}  # of the main job without a budget
-OF_A_STEP = ("lanes", "bptt", "accumulate", "parallel_windows")
+OF_A_STEP = ("bptt", "accumulate", "parallel_windows")
 
 
 def add_recommend_arguments(parser: argparse.ArgumentParser, *, model: str) -> None:
@@ -21,12 +21,17 @@ def add_recommend_arguments(parser: argparse.ArgumentParser, *, model: str) -> N
     add("--window", type=int, help="T; default: the largest that fits")
     add("--recurrence", default="default", help="for a GPT-2: default, yoshida2020 or none")
     add("--precision", choices=["float32", "bfloat16"], help="default: what this processor is made for")
+    add("--lanes", type=_lanes, help="train: no more documents side by side than these (default: 16)")
+    add("--sweep", type=Path, help="choose among what recur-gpt2 sweep measured: its --output-dir")
 
 
 def run_recommend(args: argparse.Namespace) -> None:
     """Print settings and the command that runs them."""
     from .recommendation import command, parse_bytes, recommend, settings_line
 
+    if args.sweep is not None:
+        _recommend_measured(args)
+        return
     found = recommend(
         args.model,
         parse_bytes(args.budget),
@@ -34,9 +39,26 @@ def run_recommend(args: argparse.Namespace) -> None:
         windows=None if args.window is None else (args.window,),
         recurrence=args.recurrence,
         precision=args.precision,
+        most_lanes=args.lanes,
     )
     print(settings_line(found))
     print(command(found, args.model, args.data))
+
+
+def _recommend_measured(args):
+    from .recommendation import command, parse_bytes, settings_line
+    from .sweep_choice import best_measured
+    from .sweep_models import METHODS
+
+    row, found = best_measured(args.sweep, parse_bytes(args.budget), args.task)
+    print(settings_line(found))
+    low, high = row["nats_interval"]
+    print(
+        f"{row['method']}: {row['peak_memory_bytes'] / 2**20:,.0f} MiB and {row['tokens_per_second']:,.0f} tokens/s "
+        f"measured; token perplexity {row['token_ppl']:,.2f}, {row['nats']:.4f} nats ({low:.4f} to {high:.4f})"
+    )
+    model = args.model if args.task == "train" else row["model"]
+    print(command(found, model, args.data, METHODS[row["method"]].protocol))
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser, *, model: str) -> None:
@@ -113,6 +135,7 @@ def _fit(args, options):
         windows=None if args.window is None else (args.window,),
         recurrence=args.recurrence,
         precision=None if args.precision == "auto" else args.precision,
+        most_lanes=args.lanes,
         options=options,
     )
     args.window, args.accumulate = found.config.window, found.accumulate

@@ -128,7 +128,7 @@ def _warm_up():
 class RandomCorpus:
     """Endless documents of random tokens, as training asks for them."""
 
-    fingerprint, num_documents, titles = "random", 64, None
+    fingerprint, num_documents, titles = "random", 1024, None
 
     def __init__(self, vocabulary: int, length: int):
         self.vocabulary, self.length = vocabulary, length

@@ -23,6 +23,7 @@ from .memory import MemoryUse, Workload, memory_use
 
 WINDOWS = (1024, 512, 256, 128, 64)
 STEP_TOKENS = 8192  # of a finetuning step, however many lanes it takes at a time: as the main job's
+MOST_LANES = 16  # in training: the most of any use on a CPU; and the text must have as many documents
 SEGMENT = 4  # K, windows that gradients reach back over
 BLOCK_TOKENS = 2048  # read at once without gradients: as fast as more on a CPU
 COMMANDS = {"train": "finetune", "score": "evaluate", "embed": "embed", "generate": "generate"}
@@ -49,8 +50,14 @@ class Recommendation:
 
     @property
     def peak(self) -> int:
-        """Bytes, with the formulas' margin and room for what a whole run has beside its model."""
-        return round(MARGIN * self.use.total) + DOCUMENTS
+        """Bytes to have for a whole run."""
+        return room(self.use.total)
+
+
+def room(peak: int) -> int:
+    """Bytes to have for a run whose model is predicted or measured to take `peak`: a margin for the heap, and what a
+    whole run has beside its model."""
+    return round(MARGIN * peak) + DOCUMENTS
 
 
 def parse_bytes(text: str) -> int:
@@ -73,6 +80,7 @@ def recommend(
     windows: tuple[int, ...] | None = None,
     recurrence: str = "default",
     precision: str | None = None,
+    most_lanes: int | None = None,
     options: dict | None = None,
 ) -> Recommendation:
     """The best settings whose predicted peak, with a margin, stays within the budget.
@@ -84,6 +92,7 @@ def recommend(
         windows: T to choose from; None: those up to the model's positions.
         recurrence: preset, for a GPT-2.
         precision: "float32" or "bfloat16"; None: 16 bit where the processor has products in it, for training alone.
+        most_lanes: for training, as many as there are documents; None: MOST_LANES.
         options: for a GPT-2, other fields of RecurGPT2Config.
 
     Raises:
@@ -93,7 +102,7 @@ def recommend(
     configs = _configs(load_config(model), windows, recurrence, options or {})
     least = None
     for config in configs:
-        for each in candidates(config, task, precision):
+        for each in candidates(config, task, precision, most_lanes or MOST_LANES):
             if each.peak <= budget:
                 return each
             least = each if least is None or each.peak < least.peak else least
@@ -124,23 +133,25 @@ def with_window(config: PretrainedConfig, window: int, **options) -> RecurGPT2Co
     return RecurGPT2Config(**fields)
 
 
-def candidates(config: RecurGPT2Config, task: str, precision: str) -> Iterator[Recommendation]:
+def candidates(
+    config: RecurGPT2Config, task: str, precision: str, most_lanes: int = MOST_LANES
+) -> Iterator[Recommendation]:
     """All settings for one window, from the one that is wished for most."""
-    for workload, accumulate in (_steps if task == "train" else _readings)(config, task, precision):
+    ways = _steps(config, precision, most_lanes) if task == "train" else _readings(config, task, precision)
+    for workload, accumulate in ways:
         use = memory_use(config, workload)
         flops = flops_per_token(config, training=task == "train")
         yield Recommendation(config, workload, accumulate, use, flops)
 
 
-def _steps(config, task, precision):
+def _steps(config, precision, most_lanes):
     """Ways through a step of STEP_TOKENS tokens: many lanes at a time before few, no recomputation before some."""
-    most = max(1, STEP_TOKENS // (SEGMENT * config.window))
-    lanes = [most >> halvings for halvings in range(most.bit_length())]
+    whole = max(1, STEP_TOKENS // (SEGMENT * config.window))
+    lanes = [some for halvings in range(whole.bit_length()) if (some := whole >> halvings) <= most_lanes]
     for checkpointing, some in product((False, True), lanes):
-        workload = Workload(task, some, SEGMENT, checkpointing, precision)
-        yield workload, most // some
+        yield Workload("train", some, SEGMENT, checkpointing, precision), whole // some
     for segment in (2, 1):  # gradients that reach back less far
-        yield Workload(task, 1, segment, True, precision), most * SEGMENT // segment
+        yield Workload("train", 1, segment, True, precision), whole * SEGMENT // segment
 
 
 def _readings(config, task, precision):
@@ -150,8 +161,13 @@ def _readings(config, task, precision):
         yield Workload(task, most >> halvings, 1, False, precision), 1
 
 
-def command(recommendation: Recommendation, model: str, data: str = "pg19-sample") -> str:
-    """What to type."""
+def command(recommendation: Recommendation, model: str, data: str = "pg19-sample", protocol: str | None = None) -> str:
+    """What to type.
+
+    Args:
+        model: hub id or folder, of a GPT-2 to finetune, or of whatever is to read.
+        protocol: score: the one to score by; None: all.
+    """
     work, config = recommendation.workload, recommendation.config
     words = ["recur-gpt2", COMMANDS[work.task]]
     if work.task == "embed":
@@ -161,9 +177,12 @@ def command(recommendation: Recommendation, model: str, data: str = "pg19-sample
         words += ["--data", data, "--lanes", str(work.lanes), "--bptt", str(work.windows)]
         words += ["--accumulate", str(recommendation.accumulate), "--precision", work.precision]
         words += ["--checkpointing"] if work.checkpointing else []
+        words += ["--recurrence", config.recurrence] if config.recurrence != "default" else []
+        words += ["--attention", "t2r", "--near-tokens", str(config.near_tokens)] if config.linear_layers else []
     elif work.task == "score":
         words += ["--data", data, "--lanes", str(work.lanes), "--parallel-windows", str(work.windows)]
-        words += ["--precision", work.precision, "--recurrence", config.recurrence]
+        words += ["--precision", work.precision]
+        words += ["--protocols", protocol] if protocol else ["--recurrence", config.recurrence]
     elif work.task == "embed":
         words += ["--batch-tokens", str(work.lanes * work.windows * config.window)]
     return shlex.join(words)

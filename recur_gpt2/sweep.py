@@ -27,7 +27,7 @@ from .initialization import load_config
 from .memory import TASKS
 from .recommendation import STEP_TOKENS, default_precision
 from .scoring import checked_device
-from .sweep_models import METHODS, SweepModels
+from .sweep_models import LANES, METHODS, SweepModels
 from .sweep_points import READ_TOKENS, STEPS, SweepPoints, lengths_of
 from .sweep_report import write_report
 
@@ -56,7 +56,7 @@ class SweepArguments:
     methods: list[str] | None = None
     """Of METHODS; None: all that the task has."""
     lanes: int | None = None
-    """Documents read side by side; None: as many as fit."""
+    """Documents read side by side; None: as many as fit. In finetuning no more than these."""
     finetune_tokens: int = 40 * STEP_TOKENS
     """Of every finetuning."""
     finetuned: Path | None = None
@@ -131,6 +131,7 @@ def _points(args):
         eval_tokens=args.eval_tokens,
         precision=args.precision or default_precision("train"),
         device=args.device,
+        most_lanes=min(args.lanes or LANES, LANES),
     )
     options = {"task": args.task, "lanes": args.lanes, "precision": args.precision}
     points = SweepPoints(config, models, **options, scored=args.eval_tokens > 0)

@@ -75,6 +75,8 @@ class SweepModels:
     """Scored, as many from the start of each document."""
     precision: str
     device: str = "auto"
+    most_lanes: int = LANES
+    """Of a finetuning: no more than there are documents."""
 
     def path(self, method: Method, window: int) -> Path:
         """Where the model of a method lies; finetuned if nothing is there.
@@ -124,7 +126,7 @@ class SweepModels:
         return kept | {"document_nats": nats, "document_tokens": found["tokens_by_document"], "model": str(model)}
 
     def _flags(self, method, window):
-        lanes = max(1, min(LANES, STEP_TOKENS // (SEGMENT * window)))
+        lanes = max(1, min(self.most_lanes, STEP_TOKENS // (SEGMENT * window)))
         tokens = {"steps": self.finetune_tokens // STEP_TOKENS, "lanes": lanes, "bptt": SEGMENT}
         tokens["accumulate"] = STEP_TOKENS // (lanes * SEGMENT * window)
         flags = ["--model", self.model, "--data", self.data, *method.flags(window), "--no-control"]

@@ -90,7 +90,7 @@ class SweepPoints:
         try:
             job = self._job(method, settings, length=length, steps=max(2, length // STEP_TOKENS))
         except (CalledProcessError, InputError) as error:
-            return [row | {"status": FAILED, "reason": str(error)}]
+            return [row | {"status": FAILED, "reason": _said(error)}]
         return [row | self._measured(job)]
 
     def _attempts(self, method, window, budget, settings) -> Iterator[dict]:
@@ -157,7 +157,13 @@ class SweepPoints:
         return self._point(method, window, budget) | {"status": NOT_FITTING, "reason": reason}
 
     def _failed(self, method, window, budget, error):
-        return self._point(method, window, budget) | {"status": FAILED, "reason": str(error)}
+        return self._point(method, window, budget) | {"status": FAILED, "reason": _said(error)}
+
+
+def _said(error):
+    if isinstance(error, CalledProcessError):
+        return f"{' '.join(error.cmd[2:4])} ended with status {error.returncode}, and said why above"
+    return str(error)
 
 
 def lengths_of(task: str) -> tuple[int, ...]:

@@ -70,6 +70,14 @@ def test_a_budget_that_holds_nothing_is_refused_with_the_least_that_would():
     assert recommend(MODEL, (least + 1) * MIB).config.window == 64
 
 
+def test_no_more_lanes_than_there_are_documents():
+    for most in (1, 3, 8):
+        found = recommend(MODEL, 2**31, windows=(64,), most_lanes=most)
+        assert found.workload.lanes == {1: 1, 3: 2, 8: 8}[most]
+        assert found.workload.lanes * found.accumulate * 4 * 64 == 8192
+    assert recommend(MODEL, 2**31, windows=(64,)).workload.lanes == 16
+
+
 def test_a_window_that_was_asked_for_is_kept():
     assert recommend(MODEL, 2**31, windows=(128,)).config.window == 128
 
@@ -81,7 +89,7 @@ def test_the_command_line_prints_a_command_that_parses(capsys):
     assert main(["recommend", "--model", MODEL, "--budget", "nothing"]) == 2
 
 
-@pytest.mark.parametrize("flags", [["--lanes", "4"], ["--checkpointing"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--bptt", "4"], ["--checkpointing"]], ids=" ".join)
 def test_a_budget_and_what_it_chooses_contradict_each_other(flags, capsys, tmp_path):
     status = main(["finetune", "--memory-budget", "1GiB", "--output-dir", str(tmp_path / "run"), *flags])
     assert status == 2
