@@ -37,7 +37,7 @@ from common import (
 )
 from torch.nn.functional import cross_entropy
 
-from recur_gpt2.accounting import Meter, flops_per_token
+from recur_gpt2.accounting import Meter, flops_per_token, weight_bytes
 from recur_gpt2.configuration import RecurGPT2Config
 from recur_gpt2.losses import IGNORE, token_losses
 
@@ -142,6 +142,7 @@ def measure(settings: Namespace) -> dict:
         "tokens_per_second": scored / seconds,
         "peak_memory_bytes": peak_memory(meter, before),
         "flops_per_second": _flops(model, settings) * scored / seconds,
+        "weight_bytes": weight_bytes(model),
         "nats": losses.double().sum().item() / scored,
     }
 

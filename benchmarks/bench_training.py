@@ -34,10 +34,12 @@ from common import (
     synchronize,
 )
 
-from recur_gpt2.accounting import Meter
+from recur_gpt2.accounting import Meter, weight_bytes
 
+PEER_CHECKPOINTING = f"{PEER}_checkpointing"
 VARIANTS = {  # name -> recurrence, and what differs from TrainingArguments' defaults
     PEER: (None, {}),
+    PEER_CHECKPOINTING: (None, {"checkpointing": True}),
     "disjoint": ("default", {"recurrent": False}),
     "default": ("default", {}),
     "default_p1": ("default", {"parallel_windows": 1}),
@@ -76,7 +78,9 @@ def compare(args: Namespace) -> dict:
     }
     rows = []
     for name, row in result["variants"].items():
-        aims = {} if name in (PEER, "checkpointing") else AIMS  # checkpointing trades speed for memory
+        aims = (
+            {} if name in (PEER, PEER_CHECKPOINTING, "checkpointing") else AIMS
+        )  # checkpointing trades speed for memory
         speed = ratio(row, "speed_ratio", at_least=aims.get("speed_ratio"))
         memory = ratio(row, "memory_ratio", at_most=aims.get("memory_ratio"))
         rows.append([name, number(row, "tokens_per_second"), speed, number(row, "peak_memory_bytes", MIB), memory])
@@ -137,7 +141,12 @@ def measure(settings: Namespace) -> dict:
         seconds = sorted(step()[0] for _ in range(settings.steps))[settings.steps // 2]
     tokens = settings.lanes * settings.bptt * settings.window
     peak = peak_memory(meter, before)
-    return {"tokens_per_second": tokens / seconds, "peak_memory_bytes": peak, "first_loss": first_losses[0]}
+    return {
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_bytes": peak,
+        "weight_bytes": weight_bytes(model),
+        "first_loss": first_losses[0],
+    }
 
 
 def _segments(vocabulary, settings, device):
@@ -150,6 +159,8 @@ def _segments(vocabulary, settings, device):
 
 
 def _transformers_loss(model, arguments, settings):
+    if arguments.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     forward = compiled(model, settings)
 
     def loss(inputs, targets):

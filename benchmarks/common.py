@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHILD = "_measure"  # hidden subcommand: measure one variant, print one JSON object
 PEER = "transformers"
 GPT2_SHAPE = "gpt2"
+RATIOS = {"tokens_per_second": "speed_ratio", "peak_memory_bytes": "memory_ratio", "above_bytes": "above_ratio"}
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 RECOMPILES = 64  # torch.compile specialises on each layer; beyond its default of 8 it would silently stop compiling
 
@@ -118,8 +119,8 @@ def summarise(runs: dict[str, list[dict]], baseline: str) -> dict[str, dict]:
         summary[name] = {key: spread([each[key] for each in rounds]) for key in rounds[0]}
         base = runs.get(baseline, [])
         if base and not any("error" in each for each in base):
-            for key, ratio in (("tokens_per_second", "speed_ratio"), ("peak_memory_bytes", "memory_ratio")):
-                summary[name][ratio] = spread([a[key] / b[key] for a, b in zip(rounds, base, strict=True)])
+            for key in RATIOS.keys() & rounds[0].keys():
+                summary[name][RATIOS[key]] = spread([a[key] / b[key] for a, b in zip(rounds, base, strict=True)])
     return summary
 
 
