@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The sweeps behind docs/memory_budget.md for one data set: what finetuning gpt2-mini takes and buys in each memory budget,
+# and what scoring with the finetuned models does. Stopped, it goes on where it was. Called by sweep_pg19.sh and its like.
+#     scripts/sweep.sh pg19-sample runs/sweep-pg19
+set -euo pipefail
+data=$1 output=$2
+
+sweep() { # task, budgets
+  local folder="$output/$1" resume=()
+  [ ! -e "$folder/settings.json" ] || resume=(--resume)
+  recur-gpt2 sweep --data "$data" --task "$1" --budget "${@:2}" --finetuned "$output/finetuned" \
+    --output-dir "$folder" "${resume[@]}"
+}
+
+sweep train 192MiB 224MiB 256MiB 320MiB 384MiB 512MiB 768MiB 1GiB
+sweep score 72MiB 80MiB 96MiB 128MiB 192MiB
