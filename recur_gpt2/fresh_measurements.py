@@ -139,9 +139,11 @@ class RandomCorpus:
 
 
 def _measure(job: Job) -> dict:
+    from . import initialization
     from .loading import load_any
 
     base = limit_memory(job.budget)
+    initialization.FIT_STEPS = initialization.DISTIL_STEPS = 1  # of feature maps: as high a peak as all of them
     model = load_any(job.model, job.window, job.recurrence, **job.options).to(job.device)
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
