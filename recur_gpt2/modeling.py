@@ -13,12 +13,13 @@ from __future__ import annotations
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 
 from .configuration import OWN_FIELDS, RecurGPT2Config
 from .errors import InputError
 from .feature_maps import FeatureMap
+from .generation import PARALLEL_WINDOWS, RecurCache, RecurGeneration, kept_places
 from .initialization import fit_feature_maps, fit_slots, load_gpt2
 from .layers import STATE_DECAY, RecurGPT2Block, is_new
 from .losses import IGNORE, summed_loss
@@ -265,7 +266,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         return hidden, stretch.next_state(walk.memory, walk.window)
 
 
-class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel):
+class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, GenerationMixin):  # named: transformers looks
     """The transformer with GPT-2's language-modeling head (tied to the embeddings unless the configuration says no)."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 (transformers reads it so)
@@ -290,24 +291,40 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel):
         state: RecurState | None = None,
         output_hidden_states: bool = False,
         parallel_windows: int = 1,
+        past_key_values: RecurCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool = True,
     ) -> RecurGPT2LMOutput:
         """Read any number of tokens and predict each one's successor.
 
         Args:
             labels: (B, N) int64, as `input_ids`: they are shifted inside, so that the first one is predicted by no
                 position. -100 is not scored, nor is padding.
+            past_key_values: what `generate` carries, in place of a state; it is changed, and returned.
+            use_cache: True: return `past_key_values` in place of a state; False: neither.
+            logits_to_keep: predict at the last so many places alone, or at these; 0 for all.
+            return_dict: what transformers calls with; there is no other form.
             The other arguments are those of RecurGPT2Model.
 
         Raises:
-            InputError: as RecurGPT2Model, or labels of another shape.
+            InputError: as RecurGPT2Model, or labels of another shape, or with `past_key_values`.
         """
+        if past_key_values is not None or use_cache:
+            if labels is not None or (past_key_values is not None and state is not None):
+                raise InputError("past_key_values cannot be combined with labels or a state; give a state in its place")
+            windows = max(parallel_windows, PARALLEL_WINDOWS)
+            cached = input_ids, attention_mask, past_key_values, state, logits_to_keep, windows, output_hidden_states
+            return self._generated(*cached)
         if labels is not None and labels.shape != input_ids.shape:
             raise InputError(
                 f"labels have shape {tuple(labels.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
             )
         out = self.transformer(input_ids, attention_mask, state, output_hidden_states, parallel_windows)
         loss = None if labels is None else self._loss(out.last_hidden_state, labels, attention_mask)
-        return RecurGPT2LMOutput(loss, self.lm_head(out.last_hidden_state), out.state, out.hidden_states)
+        logits = self.lm_head(kept_places(out.last_hidden_state, logits_to_keep))
+        state = None if use_cache is False else out.state
+        return RecurGPT2LMOutput(loss, logits, state, out.hidden_states)
 
     def _loss(self, hidden, labels, attention_mask):
         packing = Packing(labels, attention_mask)

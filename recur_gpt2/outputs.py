@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from transformers import Cache
 from transformers.utils import ModelOutput
 
 from .state import RecurState
@@ -35,9 +36,11 @@ class RecurGPT2LMOutput(ModelOutput):
         logits: (B, N, V).
         state: to go on from.
         hidden_states: as in RecurGPT2Output.
+        past_key_values: what `generate` goes on from, in place of a state; only with `use_cache`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     state: RecurState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    past_key_values: Cache | None = None
