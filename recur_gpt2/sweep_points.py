@@ -21,7 +21,7 @@ from .recommendation import SEGMENT, STEP_TOKENS, Recommendation, candidates, de
 from .sweep_models import METHODS, SweepModels
 
 NOT_FITTING = "does not fit"
-STEPS = 3  # of a measured finetuning, the first of them to warm up
+STEPS = 2  # of a measured finetuning, the first of them to warm up
 READ_TOKENS = 16384  # of a measured reading, all lanes together
 LENGTHS = {"generate": (256, 1024, 4096)}
 OTHER_LENGTHS = (1024, 4096, 16384, 65536)

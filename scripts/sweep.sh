@@ -12,5 +12,5 @@ sweep() { # task, budgets
     --output-dir "$folder" "${resume[@]}"
 }
 
-sweep train 192MiB 224MiB 256MiB 320MiB 384MiB 512MiB 768MiB 1GiB
-sweep score 72MiB 80MiB 96MiB 128MiB 192MiB
+sweep train 192MiB 256MiB 384MiB 512MiB 1GiB
+sweep score 72MiB 96MiB 128MiB 192MiB
