@@ -7,6 +7,7 @@ steps, as a RecurState never is; `state()` copies one out. B rows, D model width
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ class Decoder:
 
     @torch.no_grad()
     def load(self, state: RecurState) -> None:
-        """Take over a state of as many rows; it is copied."""
+        """Take over a state of as many rows; it is copied. Raises InputError if another model left it."""
+        state.checked_for(self.model)
         self.filled, self.windows = state.filled.tolist(), state.windows.tolist()
         self.memory = {name: tensor.to(self.device, copy=True) for name, tensor in state.memory.items()}
         rows = torch.tensor([row for row, windows in enumerate(self.windows) if windows], device=self.device)
@@ -77,7 +79,8 @@ class Decoder:
             if self.config.pool_layers:
                 window["pooled"] = self.sums.clone()
         counters = torch.tensor(self.windows), torch.tensor(self.filled)
-        return RecurState(*counters, {name: tensor.clone() for name, tensor in self.memory.items()}, window)
+        memory = {name: tensor.clone() for name, tensor in self.memory.items()}
+        return RecurState(*counters, memory, window, ref(self.model))
 
     @torch.no_grad()
     def step(self, input_ids: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ B rows, N tokens, W windows, T tokens a window, D model width, M memory slots, V
 
 from __future__ import annotations
 
+from dataclasses import replace
+from weakref import ref
+
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -175,6 +178,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             pieces.append((rows, done[rows], tokens, [h.flatten(1, 2) for h in hidden]))
             done = done.index_add(0, rows, tokens)
         layers = packing.unpack(pieces)
+        state = replace(state, origin=ref(self))
         return RecurGPT2Output(layers[-1], state, tuple(layers) if output_hidden_states else None)
 
     def read(self, input_ids: Tensor, starts: Tensor, state: RecurState | None = None) -> tuple[Tensor, RecurState]:
@@ -225,6 +229,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             return RecurState.empty(rows)
         if state.batch_size != rows:
             raise InputError(f"the state holds {state.batch_size} rows and input_ids {rows}; give one row for each")
+        state.checked_for(self)
         layers = set(map(str, range(depth)))
         needed = {*(layers & set(self.recurrence) if state.memory else ()), *(layers if state.window else ())}
         if needed - {key.split(".")[-1] for key in state.memory | state.window}:

@@ -9,13 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import InputError
+from .files import atomic_path
+from .fingerprint import model_fingerprint
+
+if TYPE_CHECKING:
+    from .modeling import RecurGPT2Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +43,15 @@ class RecurState:
             {"tail.<layer>": (B, 2, H, n, D / H)}, the last n keys and values, aligned to the end, zero in front. With
             `near_tokens` n is at least that many, memory slots count as places in front, and S and z are without the
             last `near_tokens` places.
+        origin: the RecurGPT2Model that left it, as a weak reference; or the fingerprint of the one that left a state
+            that was loaded. None if not known. A model refuses a loaded state that another one left.
     """
 
     windows: Tensor
     filled: Tensor
     memory: dict[str, Tensor] = field(default_factory=dict)
     window: dict[str, Tensor] = field(default_factory=dict)
+    origin: ref | str | None = None
 
     @classmethod
     def empty(cls, batch_size: int) -> RecurState:
@@ -84,7 +94,7 @@ class RecurState:
             {key: _replace_rows(old.get(key), rows, new.get(key), self.batch_size) for key in old | new}
             for old, new in groups
         )
-        return RecurState(windows, filled, memory, window)._trimmed()
+        return RecurState(windows, filled, memory, window, self.origin)._trimmed()
 
     @classmethod
     def join(cls, states: Sequence[RecurState]) -> RecurState:
@@ -92,12 +102,36 @@ class RecurState:
         windows, filled = (torch.cat([getattr(state, name) for state in states]) for name in ("windows", "filled"))
         sizes = [state.batch_size for state in states]
         memory = _join_groups([state.memory for state in states], sizes)
-        return cls(windows, filled, memory, _join_groups([state.window for state in states], sizes))
+        window = _join_groups([state.window for state in states], sizes)
+        return cls(windows, filled, memory, window, states[0].origin)
 
     def save(self, path: str | Path) -> None:
-        """Write the state as one safetensors file."""
+        """Write the state as one safetensors file, with the fingerprint of its model; whole or not at all."""
         tensors = {name: tensor.detach().contiguous() for name, tensor in self._tensors().items()}
-        save_file(tensors, path, metadata={"format": "recur_gpt2.state"})
+        fingerprint = self.fingerprint()
+        metadata = {"format": "recur_gpt2.state"} | ({"model": fingerprint} if fingerprint else {})
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+
+    def fingerprint(self) -> str | None:
+        """Of the model that left the state; None if that is not known, or gone."""
+        if self.origin is None or isinstance(self.origin, str):
+            return self.origin
+        model = self.origin()
+        return None if model is None else model_fingerprint(model)
+
+    def checked_for(self, model: RecurGPT2Model) -> RecurState:
+        """The state, if this model left it.
+
+        Raises:
+            InputError: it was loaded, and another model left it.
+        """
+        if isinstance(self.origin, str) and self.origin != model_fingerprint(model):
+            raise InputError(
+                "the state was left by another model than this one: its configuration or its weights differ; read the "
+                "text again, or load the model that left it"
+            )
+        return self
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> RecurState:
@@ -107,7 +141,8 @@ class RecurState:
             InputError: the file is damaged or holds something else.
         """
         try:
-            tensors = load_file(path, device=str(device))
+            with safe_open(path, "pt", device=str(device)) as file:
+                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except SafetensorError as error:
             raise InputError(f"{path} is not a readable state file ({error}); save the state again") from error
         if not {"windows", "filled"} <= tensors.keys():
@@ -117,7 +152,8 @@ class RecurState:
             group, _, key = name.partition(".")
             if key:
                 groups[group][key] = tensor
-        return cls(windows=tensors["windows"].cpu(), filled=tensors["filled"].cpu(), **groups)
+        counters = tensors["windows"].cpu(), tensors["filled"].cpu()
+        return cls(*counters, **groups, origin=metadata.get("model"))
 
     def _trimmed(self) -> RecurState:
         """Unfinished windows no longer than the longest row's, and none at all where no row has any."""

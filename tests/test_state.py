@@ -1,5 +1,6 @@
 """state.py: all that is carried, saved and loaded bit for bit, and never changed in place."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -248,3 +249,41 @@ def test_joined_states_go_on_as_each_alone(form, lengths, make_model):
     alone = [model(part, state=state) for part, state in zip(more.split(2), states, strict=True)]
     assert_close(joined.logits, torch.cat([out.logits for out in alone]))
     assert_same_state(joined.state, RecurState.join([out.state for out in alone]))
+
+
+def test_a_state_of_another_model_is_refused(make_model, gpt2_folder, tmp_path):
+    """Of other weights or another configuration; the same model in another number type or place is the same."""
+    model, ids = make_model("default"), random_ids(1, WINDOW + 3)
+    file = tmp_path / "state.safetensors"
+    model(ids).state.select([0]).to(torch.float32).save(file)
+    loaded = RecurState.load(file)
+    assert loaded.fingerprint() == model(ids).state.fingerprint()
+    for dtype in (torch.float32, torch.bfloat16):
+        same = copy.deepcopy(model).to(dtype)
+        same(ids, state=loaded.to(dtype))
+        same.generate(ids, state=loaded.to(dtype), max_new_tokens=2, pad_token_id=0)
+    finetuned = copy.deepcopy(model)
+    finetuned.transformer.h[2].mlp.c_fc.weight.data += 0.01
+    for other in (finetuned, make_model("default", last_slots=2), make_model("none")):
+        with pytest.raises(InputError, match="left by another model"):
+            other(ids, state=loaded)
+        with pytest.raises(InputError, match="left by another model"):
+            other.generate(ids, state=loaded, max_new_tokens=2)
+    loaded.save(file)
+    assert RecurState.load(file).origin == loaded.origin, "a state that was loaded keeps its fingerprint"
+
+
+def test_a_state_whose_file_cannot_be_written_leaves_the_old_one(make_model, tmp_path, monkeypatch):
+    state = make_model("default")(random_ids(1, WINDOW)).state
+    state.save(tmp_path / "state.safetensors")
+    before = (tmp_path / "state.safetensors").read_bytes()
+
+    def failing(tensors, path, metadata):
+        path.write_bytes(before[:10])
+        raise OSError("no space left")
+
+    monkeypatch.setattr("recur_gpt2.state.save_file", failing)
+    with pytest.raises(OSError, match="no space"):
+        state.save(tmp_path / "state.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+    assert (tmp_path / "state.safetensors").read_bytes() == before
