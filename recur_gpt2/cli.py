@@ -1,4 +1,4 @@
-"""The command line, `recur-gpt2 finetune | evaluate | convert | embed | search | recommend | sweep`; run_pg19.py too.
+"""The command line: `recur-gpt2 finetune | evaluate | convert | embed | search | generate | recommend | sweep`.
 
 Parses, calls, prints. Bad input ends in one sentence and exit status 2, Ctrl-C in status 130. Where several processes
 were started, the main one prints.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .allocator import tune_allocator
 from .cli_budget import add_recommend_arguments, add_sweep_arguments, run_recommend, run_sweep_command, settle
+from .cli_generate import add_generate_arguments, run_generate
 from .errors import InputError
 
 ATTENTION_DEFAULTS = {"feature_map": "t2r", "feature_size": 32, "near_tokens": 0, "carry_linear_state": False}
@@ -43,6 +44,12 @@ def main(argv: list[str] | None = None) -> int:
             "settings that fit a memory budget, and the command",
             partial(add_recommend_arguments, model=str(BUNDLED_MODEL)),
             run_recommend,
+        ),
+        (
+            "generate",
+            "write on after a text of any length",
+            partial(add_generate_arguments, model=str(BUNDLED_RECURRENT)),
+            run_generate,
         ),
         (
             "sweep",

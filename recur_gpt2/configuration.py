@@ -53,6 +53,9 @@ class RecurGPT2Config(GPT2Config):
 
     model_type = "recur_gpt2"
 
+    # No longest text: transformers would warn of one.
+    attribute_map = {name: own for name, own in GPT2Config.attribute_map.items() if own != "n_positions"}  # noqa: RUF012
+
     window: int = 256
     recurrence: str = "default"
     insert_layers: list[int] | None = None

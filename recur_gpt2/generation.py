@@ -37,6 +37,7 @@ class RecurCache(Cache):
 
     Attributes:
         seen: places of the batch that were read since the cache was made, pads included.
+        held: hidden states (B, 1, D) of a token that was read already: the next step gives them and reads nothing.
     """
 
     def __init__(self, model, state: RecurState, seen: int = 0):
@@ -47,6 +48,7 @@ class RecurCache(Cache):
         """
         super().__init__(layers=[])
         self.seen, self._decoder = seen, Decoder(model.transformer, state)
+        self.held: Tensor | None = None
 
     def state(self) -> RecurState:
         """A copy of where the rows are: after all tokens read, which the last one generated is not."""
@@ -55,6 +57,9 @@ class RecurCache(Cache):
     def step(self, input_ids: Tensor) -> Tensor:
         """Read one token of each row: (B, 1) -> hidden states (B, 1, D)."""
         self.seen += 1
+        if self.held is not None:
+            held, self.held = self.held, None
+            return held
         return self._decoder.step(input_ids)
 
     def go_on(self, state: RecurState, seen: int) -> None:

@@ -10,6 +10,7 @@ B rows, N tokens, W windows, T tokens a window, D model width, M memory slots, V
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from weakref import ref
 
@@ -18,6 +19,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .configuration import OWN_FIELDS, RecurGPT2Config
 from .errors import InputError
@@ -113,9 +115,11 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
         return super().from_pretrained(*args, dtype=dtype, **kwargs)
 
     def save_pretrained(self, save_directory, *args, tokenizer=None, **kwargs):
-        """As in transformers; with `tokenizer`, its files are saved beside the model."""
+        """As in transformers; with `tokenizer`, its files are saved beside the model, for texts of any length."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if tokenizer is not None:
+            tokenizer = copy(tokenizer)
+            tokenizer.model_max_length = VERY_LARGE_INTEGER
             tokenizer.save_pretrained(save_directory)
 
 

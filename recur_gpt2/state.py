@@ -105,9 +105,14 @@ class RecurState:
         window = _join_groups([state.window for state in states], sizes)
         return cls(windows, filled, memory, window, states[0].origin)
 
-    def save(self, path: str | Path) -> None:
-        """Write the state as one safetensors file, with the fingerprint of its model; whole or not at all."""
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self._tensors().items()}
+    def save(self, path: str | Path, beside: dict[str, Tensor] | None = None) -> None:
+        """Write the state as one safetensors file, with the fingerprint of its model; whole or not at all.
+
+        Args:
+            beside: tensors to keep in the same file, {"group.name": tensor}; `load` does not look at them.
+        """
+        tensors = self._tensors() | (beside or {})
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         fingerprint = self.fingerprint()
         metadata = {"format": "recur_gpt2.state"} | ({"model": fingerprint} if fingerprint else {})
         with atomic_path(path) as temporary:
@@ -143,14 +148,14 @@ class RecurState:
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is not a readable state file ({error}); save the state again") from error
         if not {"windows", "filled"} <= tensors.keys():
             raise InputError(f"{path} holds no state of recur_gpt2; give a file that RecurState.save wrote")
         groups = {"memory": {}, "window": {}}
         for name, tensor in tensors.items():
             group, _, key = name.partition(".")
-            if key:
+            if group in groups:
                 groups[group][key] = tensor
         counters = tensors["windows"].cpu(), tensors["filled"].cpu()
         return cls(*counters, **groups, origin=metadata.get("model"))
