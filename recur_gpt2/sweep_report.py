@@ -221,17 +221,18 @@ def markdown_report(rows, settings):
 
 
 def swept(rows, settings):
-    """What was tried and how each attempt ended."""
-    listed = {key: ", ".join(map(str, settings.get(key, ()))) for key in ("methods", "windows")}
-    budgets = ", ".join(f"{budget / MEBI:,.10g}" for budget in settings.get("budgets", ()))
+    """What was tried and how each attempt ended; in several goes, maybe, and so by the rows."""
+    tried = [row for row in rows if row.get("kind") == "point"]
+    listed = {key: ", ".join(map(str, distinct(tried, key))) for key in ("method", "window")}
+    budgets = ", ".join(f"{budget / MEBI:,.10g}" for budget in sorted(distinct(tried, "budget_bytes")))
     ends = {}
     for kind in ("point", "length"):
         of_kind = [row for row in rows if row.get("kind") == kind]
         statuses = Counter(status(row) for row in of_kind)
         ends[kind] = ", ".join(f"{number:,} {name}" for name, number in statuses.items()) or "none"
     return (
-        f"Task {settings.get('task', 'unknown')}; methods {listed['methods'] or 'unknown'}; windows"
-        f" {listed['windows'] or 'unknown'}; memory budgets {budgets or 'unknown'} MiB."
+        f"Task {settings.get('task', 'unknown')}; methods {listed['method'] or 'none'}; windows"
+        f" {listed['window'] or 'none'}; memory budgets {budgets or 'none'} MiB."
         f" Points: {ends['point']}. Documents of a given length: {ends['length']}."
     )
 
@@ -245,6 +246,11 @@ def verdicts(rows):
 def everywhere(rows, cost):
     """The comparison at every budget from the smallest up, a row for each at which it changes."""
     return changes(frontier(rows, levels(rows, cost), cost))
+
+
+def distinct(rows, key):
+    """The values of a key, in the order in which they first come."""
+    return list(dict.fromkeys(row[key] for row in rows if row.get(key) is not None))
 
 
 def comparison(rows, cost):

@@ -5,12 +5,17 @@
 set -euo pipefail
 data=$1 output=$2
 
-sweep() { # task, budgets
+sweep() { # task, then methods, windows and budgets
   local folder="$output/$1" resume=()
   [ ! -e "$folder/settings.json" ] || resume=(--resume)
-  recur-gpt2 sweep --data "$data" --task "$1" --budget "${@:2}" --finetuned "$output/finetuned" \
-    --output-dir "$folder" "${resume[@]}"
+  recur-gpt2 sweep --data "$data" --task "$1" "${@:2}" --finetuned "$output/finetuned" --output-dir "$folder" \
+    "${resume[@]}"
 }
 
-sweep train 192MiB 256MiB 384MiB 512MiB 1GiB
-sweep score 72MiB 96MiB 128MiB 192MiB
+softmax=(--methods disjoint overlap recurrent recurrent+overlap --windows 64 128 256 512 1024)
+linear=(--methods t2r recurrent+t2r --windows 256 1024) # slow to train on a CPU
+for methods in softmax linear; do
+  declare -n chosen=$methods
+  sweep train "${chosen[@]}" --budget 192MiB 256MiB 384MiB 512MiB 1GiB
+  sweep score "${chosen[@]}" --budget 72MiB 96MiB 128MiB 192MiB
+done

@@ -231,10 +231,10 @@ def test_the_report_has_every_measured_number_with_its_unit():
 
 
 def test_the_report_says_what_was_swept_and_how_to_sweep_it_again():
-    rows = [make_point("disjoint", 3.3, 100), make_point("overlap", 3.3, 100, status="failed")]
+    rows = [make_point("disjoint", 3.3, 100), make_point("overlap", 3.3, 100, 64, status="failed", budget_bytes=2**28)]
     text = markdown_report(rows, SETTINGS)
     assert text.startswith("# Memory-budget sweep: gpt2-mini on pg19-sample\n")
-    assert "Task score; methods disjoint, recurrent; windows 64, 256; memory budgets 256, 512 MiB." in text
+    assert "Task score; methods disjoint, overlap; windows 256, 64; memory budgets 256, 512 MiB." in text
     assert "Points: 1 ok, 1 failed. Documents of a given length: none." in text
     assert "- finetune_tokens: `1000`" in text
     assert "- device: `cpu`" in text
