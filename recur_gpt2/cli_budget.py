@@ -16,7 +16,7 @@ def add_recommend_arguments(parser: argparse.ArgumentParser, *, model: str) -> N
     add = parser.add_argument
     add("--model", default=model, help="GPT-2 or recur_gpt2 model: hub id or folder (default: data/gpt2-mini)")
     add("--budget", required=True, metavar="2GiB", help="memory above what Python and its libraries take")
-    add("--task", default="train", choices=["train", "score", "embed"], help="default: train")
+    add("--task", default="train", choices=["train", "score", "embed", "generate"], help="default: train")
     add("--data", default="pg19-sample", help="documents, for the command that is printed (default: pg19-sample)")
     add("--window", type=int, help="T; default: the largest that fits")
     add("--recurrence", default="default", help="for a GPT-2: default, yoshida2020 or none")

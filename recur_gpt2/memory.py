@@ -20,6 +20,7 @@ from .accounting import head_features
 from .attention import LONGEST_PRODUCTS, QUERIES_IN_PRODUCTS
 from .configuration import RecurGPT2Config
 from .errors import InputError
+from .initialization import SAMPLED_TOKENS
 from .layers import TOKENS_AT_ONCE
 from .linear_attention import CHUNK
 from .losses import cpu_chunk_rows
@@ -32,7 +33,7 @@ FLOAT, LOW = 4, 2
 LIBRARIES = {"train": 40 * 2**20, "score": 30 * 2**20, "embed": 75 * 2**20, "generate": 30 * 2**20}
 # glibc's heap over what lives in it. Tensors are aligned, so that the hole left by one does not fit its like: what is
 # made and freed tears it. Recomputed blocks are small and alike.
-HEAP = {"train": 1.38, "recomputed": 1.35, "score": 1.8, "embed": 1.8, "generate": 1.0}
+HEAP = {"train": 1.38, "recomputed": 1.35, "score": 1.8, "embed": 1.8, "generate": 1.25}
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,17 @@ def _training(config, work):
 def _reading(config, work):
     weights, tokens = FLOAT * parameter_count(config), work.lanes * config.window * work.windows
     state = 2 * _state(config, work)
-    if work.task == "generate":  # keys and values of the window so far, those before a token and those after it
-        state += 2 * 2 * FLOAT * work.lanes * config.n_layer * config.n_embd * config.window
-        logits, tokens = 2 * FLOAT * work.lanes * config.vocab_size, work.lanes * config.window
-    else:
-        logits = _loss(config, work, tokens, with_gradients=False) if work.task == "score" else 0
-    layer = max(_passing(config, layer, work.width, tokens) for layer in range(config.n_layer))
+    logits = _loss(config, work, tokens, with_gradients=False) if work.task == "score" else 0
+    casts, width = _casts(config, work), work.width
+    if work.task == "generate":  # weights in 16 bit, if so; but a GPT-2's slots are made from more tokens, in 32 bit
+        casts, width = 0, FLOAT if config.memory_slots else work.width
+        weights = width * parameter_count(config)
+        state += sum(_places(config, layer, work) for layer in range(config.n_layer))
+        logits = 2 * FLOAT * work.lanes * config.vocab_size
+        tokens = max(tokens, SAMPLED_TOKENS) if config.memory_slots else tokens
+    layer = max(_passing(config, layer, width, tokens) for layer in range(config.n_layer))
     activations, logits = (layer, 0) if layer > logits else (0, logits)  # one after the other
-    return _with_heap(work.task, weights, 0, 0, _casts(config, work), activations, state, logits)
+    return _with_heap(work.task, weights, 0, 0, casts, activations, state, logits)
 
 
 def _with_heap(kind, weights, gradients, optimizer, casts, activations, state, logits):
@@ -169,6 +173,16 @@ def _state(config, work):
     slots = config.last_slots + config.pooled_slots
     sums = len(config.linear_layers) * (config.feature_size * config.n_embd) if config.carry_linear_state else 0
     return work.lanes * (2 * work.width * len(config.insert_layers) * config.n_embd * slots + FLOAT * sums)
+
+
+def _places(config, layer, work):
+    """What a layer keeps from token to token as text is written, in buffers (decoding_layers.py)."""
+    slots = config.memory_slots if layer in config.insert_layers else 0
+    places = config.window + slots
+    if layer in config.linear_layers:
+        places = config.near_tokens + config.window if config.near_tokens else config.last_slots
+    sums = config.feature_size * config.n_embd if layer in config.linear_layers else 0
+    return work.lanes * (2 * work.width * places * config.n_embd + FLOAT * sums)
 
 
 def _loss(config, work, tokens, *, with_gradients):

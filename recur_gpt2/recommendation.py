@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from .accounting import flops_per_token
 from .configuration import RecurGPT2Config
 from .errors import InputError
+from .generation import PARALLEL_WINDOWS
 from .initialization import load_config
 from .memory import MemoryUse, Workload, memory_use
 
@@ -155,7 +156,11 @@ def _steps(config, precision, most_lanes):
 
 
 def _readings(config, task, precision):
-    """As many lanes as make a block of BLOCK_TOKENS, a window of each at a time; fewer where they do not fit."""
+    """As many lanes as make a block of BLOCK_TOKENS, a window of each at a time; fewer where they do not fit. A text is
+    written alone, after a prompt that is read some windows at a time."""
+    if task == "generate":
+        yield Workload(task, 1, PARALLEL_WINDOWS, False, precision), 1
+        return
     most = max(1, BLOCK_TOKENS // config.window)
     for halvings in range(most.bit_length()):
         yield Workload(task, most >> halvings, 1, False, precision), 1
@@ -183,6 +188,9 @@ def command(recommendation: Recommendation, model: str, data: str = "pg19-sample
         words += ["--data", data, "--lanes", str(work.lanes), "--parallel-windows", str(work.windows)]
         words += ["--precision", work.precision]
         words += ["--protocols", protocol] if protocol else ["--recurrence", config.recurrence]
+    elif work.task == "generate":
+        words += ["--precision", work.precision]
+        words += ["--recurrence", config.recurrence] if protocol is None else []
     elif work.task == "embed":
         words += ["--batch-tokens", str(work.lanes * work.windows * config.window)]
     return shlex.join(words)

@@ -38,6 +38,8 @@ READING = {
     "score, 16 bit": (256, "default", Workload("score", 2, 2, False, "bfloat16"), {}),
     "score, short windows": (64, "none", Workload("score", 8, 1), {}),
     "embed": (256, "default", Workload("embed", 2, 1), {}),
+    "generate": (256, "default", Workload("generate", 1, 4), {}),
+    "generate, 16 bit, many": (64, "none", Workload("generate", 8, 4, False, "bfloat16"), {}),
 }
 
 
