@@ -137,7 +137,36 @@ def test_quality_is_told_as_a_ratio_with_an_interval_over_documents(tmp_path):
     assert "| t2r all | 60.34 | 1.105 | 1.105 to 1.105 | 1.00 |" in out, "0.1 nats more in each document"
 
 
-@pytest.mark.parametrize("script", ["bench_training.py", "bench_scoring.py"])
+@pytest.mark.slow
+def test_the_budget_ends_in_one_json_object():
+    options = ["--tokens", "1000", "--step-tokens", "64", "--windows", "32", "--steps", "1"]
+    result = last_line(bench("bench_budget.py", *options))
+    training, scoring = result["training_float32"], result["scoring_float32"]
+    assert list(training) == ["transformers", "gradient checkpointing", "ours, window 32"]
+    assert list(scoring) == ["transformers", "ours, window 32"]
+    for row in training.values():
+        above = row["peak_memory_bytes"]["median"] - 4 * row["weight_bytes"]["median"]
+        assert row["above_bytes"]["median"] == above
+        assert row["above_ratio"]["median"] == above / training["transformers"]["above_bytes"]["median"]
+    losses = [training[name]["first_loss"]["median"] for name in ("transformers", "gradient checkpointing")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for row in scoring.values():
+        allowed = 1.1 * row["weight_bytes"]["median"] + 100e6
+        assert row["over_aim_bytes"]["median"] == pytest.approx(row["peak_memory_bytes"]["median"] - allowed)
+
+
+@pytest.mark.slow
+def test_generation_ends_in_one_json_object():
+    options = ["--parts", "within", "beyond", "long", "--batches", "2", "--tokens", "1100"]
+    result = last_line(bench("bench_generation.py", *options, "--long", "300", "500", "--late", "300", "500"))
+    assert list(result["within"]["2"]) == ["transformers", "ours"]
+    assert list(result["beyond"]) == ["2, drop half", "2, sliding"]
+    for rows in [*result["within"].values(), *result["beyond"].values()]:
+        assert all(row.keys() >= MEASURED for row in rows.values())
+    assert result["long"].keys() >= {"300", "500", "late", "memory_ratio", "time_ratio"}
+
+
+@pytest.mark.parametrize("script", ["bench_training.py", "bench_scoring.py", "bench_budget.py", "bench_generation.py"])
 def test_contradictions_are_refused_with_the_way_out(script):
     done = bench(script, "--model", "data/gpt2-mini", status=2)
     assert "add --model gpt2" in done.stderr

@@ -23,7 +23,7 @@ def read_apart(model, lengths, seed):
     return RecurState.join(states)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     form=all_forms,
     before=st.lists(st.integers(0, 3 * WINDOW + 1), min_size=1, max_size=4),
@@ -59,7 +59,7 @@ def test_windows_turn_over_at_every_offset(make_model, form):
     assert_same_state(decoder.state(), state, **EXACT)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(form=all_forms, before=st.lists(st.integers(0, 2 * WINDOW), min_size=3, max_size=3), seed=st.integers(0, 99))
 @torch.no_grad()
 def test_rows_change_places(make_model, form, before, seed):

@@ -42,7 +42,7 @@ def left_padded(lengths, seed=0):
     return ids * mask, mask.long()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(form=all_forms, lengths=st.lists(st.integers(1, 3 * WINDOW), min_size=1, max_size=3), seed=st.integers(0, 99))
 def test_greedy_tokens_are_those_of_full_recomputation(make_model, form, lengths, seed):
     model, (ids, mask) = make_model(form), left_padded(lengths, seed)
@@ -62,7 +62,7 @@ def test_prompt_and_text_may_be_longer_than_all_positions(make_model):
     assert generate(model, ids, max_new_tokens=100, **GREEDY).equal(recomputed(model, ids, 100))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(form=all_forms, length=st.integers(1, 2 * WINDOW), rows=st.integers(1, 2), seed=st.integers(0, 99))
 def test_beams_are_those_without_a_cache(make_model, form, length, rows, seed):
     """transformers' own beam search, which without a cache reads everything again for every token."""
@@ -85,7 +85,7 @@ def test_sampling_draws_what_it_draws_without_a_cache(make_model):
     assert len(drawn[0]) == 6
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(form=all_forms, before=st.integers(1, 3 * WINDOW), more=st.integers(1, WINDOW), seed=st.integers(0, 99))
 def test_generation_goes_on_from_a_state(make_model, form, before, more, seed):
     model, ids = make_model(form), random_ids(1, before + more, seed=seed)
