@@ -140,6 +140,7 @@ def _points(args):
     if not uses:
         raise InputError(f"no settings have lanes={args.lanes}; give a power of two, or leave it out")
     args.budgets = args.budgets or _ladder(min(uses), max(uses))
+    points.most = max(args.budgets)
     return points
 
 
@@ -204,7 +205,8 @@ def _tasks(args, points, rows):
     missing = set()
     for window in args.windows:
         for method in args.methods:
-            budgets = [budget for budget in args.budgets if (method, window, budget, None) not in done]
+            # Each budget, and what takes least: between budgets it says from where on a method is there at all.
+            budgets = [budget for budget in [*args.budgets, None] if (method, window, budget, None) not in done]
             if budgets:
                 new = points.scored and points.models.missing(METHODS[method], window)
                 new = new and (METHODS[method].model, window) not in missing

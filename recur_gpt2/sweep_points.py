@@ -21,6 +21,7 @@ from .recommendation import SEGMENT, STEP_TOKENS, Recommendation, candidates, de
 from .sweep_models import METHODS, SweepModels
 
 NOT_FITTING = "does not fit"
+MARGIN = 1.15  # the formulas may be off by so much: what is predicted to take a little more than a budget is tried
 STEPS = 2  # of a measured finetuning, the first of them to warm up
 READ_TOKENS = 16384  # of a measured reading, all lanes together
 LENGTHS = {"generate": (256, 1024, 4096)}
@@ -34,6 +35,7 @@ class SweepPoints:
         config: of the GPT-2 that all start from.
         lanes: documents read side by side; None: as many as fit.
         precision: None: the task's default.
+        most: bytes, the largest budget.
         scored: whether the rows say how well a method predicts; without, nothing is finetuned.
     """
 
@@ -45,10 +47,11 @@ class SweepPoints:
         task: str,
         lanes: int | None = None,
         precision: str | None = None,
+        most: float = math.inf,
         scored: bool = True,
     ):
         self.config, self.models, self.task, self.lanes, self.scored = config, models, task, lanes, scored
-        self.precision = precision or default_precision(task)
+        self.precision, self.most = precision or default_precision(task), most
         self._known = {}  # {a job without its budget: what was measured}
 
     def candidates(self, method: str, window: int) -> list[Recommendation]:
@@ -61,15 +64,21 @@ class SweepPoints:
             if (self.task != "train" or each.workload.windows == SEGMENT) and self.lanes in (None, each.workload.lanes)
         ]
 
-    def points(self, method: str, window: int, budgets: list[int]) -> list[dict]:
-        """Rows of one method and window: for each budget the first settings that fit, and those that did not."""
-        settings = self.candidates(method, window)
-        least = min((each.use.total for each in settings), default=math.inf)
-        rows = [self._not_fitting(method, window, budget, least) for budget in budgets if budget < least]
-        fitting = [budget for budget in budgets if budget >= least]
+    def points(self, method: str, window: int, budgets: list[int | None]) -> list[dict]:
+        """Rows of one method and window.
+
+        Args:
+            budgets: for each a row of the first settings that fit, and rows of those that did not. None: the settings
+                that take least, if that is no more than `most`.
+        """
+        settings = sorted(self.candidates(method, window), key=lambda each: each.use.total)
+        least = settings[0].use.total / MARGIN if settings else math.inf
+        wished = self.candidates(method, window)
+        rows = [self._not_fitting(method, window, budget, least) for budget in budgets if (budget or self.most) < least]
+        fitting = [budget for budget in budgets if (budget or self.most) >= least]
         try:
             for budget in fitting:
-                rows += self._attempts(method, window, budget, settings)
+                rows += self._attempts(method, window, budget, wished if budget else settings[:1])
             ended = [row for row in rows if row["status"] == OK]
             quality = self.models.quality(METHODS[method], window) if ended and self.scored else {}
         except (CalledProcessError, InputError) as error:
@@ -96,7 +105,7 @@ class SweepPoints:
     def _attempts(self, method, window, budget, settings) -> Iterator[dict]:
         """A row for each of the settings that should fit, up to the first that does."""
         for each in settings:
-            if each.use.total > budget:
+            if budget is not None and each.use.total > MARGIN * budget:
                 continue
             found = self._measured(self._job(method, each, budget=budget))
             yield self._row(method, window, budget, each) | found
@@ -148,7 +157,8 @@ class SweepPoints:
         point = {"kind": "point", "task": self.task, "method": method, "window": window, "budget_bytes": budget}
         how = "" if settings is None else f", {settings.workload.lanes} lanes"
         how += ", recomputation" if settings is not None and settings.workload.checkpointing else ""
-        return {"id": f"{self.task}, {method}, window {window}, {budget / 2**20:,.10g} MiB{how}"} | point
+        amount = "least" if budget is None else f"{budget / 2**20:,.10g} MiB"
+        return {"id": f"{self.task}, {method}, window {window}, {amount}{how}"} | point
 
     def _not_fitting(self, method, window, budget, least):
         reason = f"needs {least / 2**20:,.0f} MiB by the formulas"

@@ -78,7 +78,8 @@ def arguments(tmp_path, **options):
 
 
 def points_of(rows):
-    return [row for row in rows if row["kind"] == "point"]
+    """Those with a budget."""
+    return [row for row in rows if row["kind"] == "point" and row["budget_bytes"] is not None]
 
 
 def key(row):
@@ -94,7 +95,7 @@ def test_every_method_window_and_budget_has_a_row_and_so_has_every_length(task, 
     args = arguments(tmp_path, task=task, methods=None)
     rows = run_sweep(args)
     assert rows == written(args)
-    expected = {(m, w, b, None) for m in args.methods for w in args.windows for b in args.budgets}
+    expected = {(m, w, b, None) for m in args.methods for w in args.windows for b in [*args.budgets, None]}
     expected |= {(m, 256, None, n) for m in args.methods for n in sweep_points.lengths_of(task)}
     assert {key(row) for row in rows} == expected
     assert len(rows) == len(expected)
@@ -138,7 +139,8 @@ def test_the_same_settings_are_measured_once(tmp_path, jobs, finetunings):
     args = arguments(tmp_path, budgets=[2000 * MIB, 3000 * MIB], methods=["disjoint", "overlap"])
     rows = points_of(run_sweep(args))
     assert len(rows) == 8
-    assert len(jobs) == 2 + 4, "disjoint and overlapping reading want the same finetuning; four lengths"
+    # Disjoint and overlapping reading want the same finetuning: the largest and the least at each window; four lengths.
+    assert len(jobs) == 2 * 2 + 4
 
 
 def test_finetuning_measures_gpt2_and_reading_the_finetuned_model(tmp_path, jobs, finetunings):
@@ -313,6 +315,15 @@ def test_the_flags_have_the_defaults_of_the_arguments(tmp_path):
     for field in fields(SweepArguments):
         if field.name not in ("budgets", "methods", "finetuned", "device"):
             assert getattr(flags, field.name) == getattr(default, field.name), field.name
+
+
+def test_the_settings_that_take_least_are_measured_too_if_any_budget_holds_them(tmp_path, jobs, finetunings):
+    rows = run_sweep(arguments(tmp_path, windows=[64, 256, 1024], budgets=[250 * MIB]))
+    least = {row["window"]: row for row in rows if row["method"] == "disjoint" and key(row)[2:] == (None, None)}
+    assert least[1024]["status"] == NOT_FITTING
+    for window in (64, 256):
+        assert (least[window]["settings"]["lanes"], least[window]["settings"]["checkpointing"]) == (1, True)
+        assert least[window]["nats"] > 0
 
 
 @pytest.mark.slow
