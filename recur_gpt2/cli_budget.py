@@ -9,6 +9,7 @@ from pathlib import Path
 from .errors import InputError
 
 DEFAULTS = {"window": 256, "lanes": 8, "bptt": 4, "accumulate": 1}  # of the main job without a budget
+TASKS = ["train", "score", "embed", "generate"]  # memory.py's, which takes PyTorch to be asked
 OF_A_STEP = ("bptt", "accumulate", "parallel_windows")
 
 
@@ -16,7 +17,7 @@ def add_recommend_arguments(parser: argparse.ArgumentParser, *, model: str) -> N
     add = parser.add_argument
     add("--model", default=model, help="GPT-2 or recur_gpt2 model: hub id or folder (default: data/gpt2-mini)")
     add("--budget", required=True, metavar="2GiB", help="memory above what Python and its libraries take")
-    add("--task", default="train", choices=["train", "score", "embed", "generate"], help="default: train")
+    add("--task", default="train", choices=TASKS, help="default: train")
     add("--data", default="pg19-sample", help="documents, for the command that is printed (default: pg19-sample)")
     add("--window", type=int, help="T; default: the largest that fits")
     add("--recurrence", default="default", help="for a GPT-2: default, yoshida2020 or none")
@@ -65,8 +66,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser, *, model: str) -> None:
     add = parser.add_argument
     add("--model", default=model, help="GPT-2 checkpoint: hub id or folder (default: data/gpt2-mini)")
     add("--data", default="pg19-sample", help="documents, as for finetune (default: pg19-sample)")
-    tasks = ["train", "score", "embed", "generate"]
-    add("--task", default="train", choices=tasks, help="what memory and speed are measured of (default: train)")
+    add("--task", default="train", choices=TASKS, help="what memory and speed are measured of (default: train)")
     add("--budget", nargs="+", metavar="512MiB", help="memory to try (default: from the least that holds a point up)")
     add("--windows", type=int, nargs="+", help="T (default: 64 128 256 512 1024)")
     add(

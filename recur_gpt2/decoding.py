@@ -94,14 +94,13 @@ class Decoder:
         """
         model, places = self.model, Places(self.filled, [windows > 0 for windows in self.windows], self.device)
         hidden = model.wte(input_ids) + model.wpe(self._positions(places))
-        pooled = []
+        pooled = {}
         for layer, (block, each) in enumerate(zip(model.h, self.layers, strict=True)):
             hidden = block.finish(hidden, each.attend(hidden, places))
             if layer in self.config.pool_layers:
-                pooled.append(widen(hidden[:, 0]))
+                pooled[layer] = widen(hidden[:, 0])
         if pooled:
-            order = sorted(self.config.pool_layers)
-            self.sums += torch.stack([pooled[order.index(layer)] for layer in self.config.pool_layers], dim=1)
+            self.sums += torch.stack([pooled[layer] for layer in self.config.pool_layers], dim=1)
         self._advance()
         return model.ln_f(hidden)
 
@@ -112,15 +111,18 @@ class Decoder:
         if order == list(range(len(order))):
             return
         rows = rows.to(self.device)
-        for buffer in [*(each for layer in self.layers for each in layer.buffers), self.sums, *self.memory.values()]:
+        for buffer in self._buffers():
             buffer.copy_(buffer.index_select(0, rows))
         self.filled, self.windows = ([numbers[row] for row in order] for numbers in (self.filled, self.windows))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        buffers = [each for layer in self.layers for each in layer.buffers]
-        return sum(each.nbytes for each in [*buffers, self.sums, *self.memory.values()])
+        return sum(each.nbytes for each in self._buffers())
+
+    def _buffers(self):
+        """All that is kept, rows first."""
+        return [*(each for layer in self.layers for each in layer.buffers), self.sums, *self.memory.values()]
 
     def _positions(self, places):
         """(B, 1) position ids, or (1, 1) where all rows are alike."""

@@ -77,7 +77,7 @@ class SoftmaxLayer:
     """Keys and values of the memory, and behind them those of the window so far: (B, 2, H, M + T, d)."""
 
     def __init__(self, block: RecurGPT2Block, rows: int, window: int, slots: int, last: int | None, like: Tensor):
-        self.block, self.window, self.slots, self.last = block, window, slots, last or 0
+        self.block, self.slots, self.last = block, slots, last or 0
         heads, width = block.attn.num_heads, block.attn.head_dim
         self.places = like.new_zeros(rows, 2, heads, slots + window, width)
 
@@ -101,8 +101,7 @@ class SoftmaxLayer:
 
     def last_positions(self, rows: Tensor) -> KeyValue:
         """Keys and values of the last n positions of full windows, (R, 1, H, n, d)."""
-        end = self.places.shape[-2]
-        return self.places[rows, :, :, end - self.last :][:, None].unbind(2)
+        return _last_places(self.places, rows, self.last)[:, None].unbind(2)
 
     def begin(self, rows: Tensor, memory: KeyValue | None, carried: Tensor | None) -> None:
         """A new window of some rows (R,), with memory (R, H, M, d)."""
@@ -185,7 +184,7 @@ class NearLayer:
     """Memory slots that are near, the window so far (B, 2, H, n + T, d), and sums over all places that are not."""
 
     def __init__(self, block: RecurGPT2Block, rows: int, window: int, slots: int, last: int | None, like: Tensor):
-        self.block, self.window, self.slots, self.last = block, window, slots, last or 0
+        self.block, self.slots, self.last = block, slots, last or 0
         self.near = block.far_gate.near_tokens
         self.kept = max(self.near, self.last)
         heads, width, features = block.attn.num_heads, block.attn.head_dim, block.feature_map.out_features
@@ -212,12 +211,10 @@ class NearLayer:
         return out
 
     def last_positions(self, rows: Tensor) -> KeyValue:
-        end = self.places.shape[-2]
-        return self.places[rows, :, :, end - self.last :][:, None].unbind(2)
+        return _last_places(self.places, rows, self.last)[:, None].unbind(2)
 
     def total(self, rows: Tensor) -> Tensor:
-        end = self.places.shape[-2]
-        key, value = self.places[rows, :, :, end - self.near :].unbind(1)
+        key, value = _last_places(self.places, rows, self.near).unbind(1)
         return packed(absorb(self.block.feature_map(key), value, unpacked(self.sums[rows])))
 
     def begin(self, rows: Tensor, memory: KeyValue | None, carried: Tensor | None) -> None:
@@ -268,6 +265,11 @@ def make_layer(block: RecurGPT2Block, rows: int, window: int, slots: int, last: 
     """
     kind = SoftmaxLayer if block.feature_map is None else LinearLayer if block.far_gate is None else NearLayer
     return kind(block, rows, window, slots, last, like)
+
+
+def _last_places(places: Tensor, rows: Tensor, count: int) -> Tensor:
+    """(B, 2, H, N, d) -> (R, 2, H, count, d) of some rows."""
+    return places[rows, :, :, places.shape[-2] - count :]
 
 
 def _where_begun(filled: list[int], values: Tensor, instead: Tensor | None = None) -> Tensor:

@@ -28,7 +28,7 @@ from .configuration import RecurGPT2Config
 from .corpora import load_corpus
 from .errors import InputError
 from .evaluation import CONTROLS, PARALLEL_WINDOWS, Evaluation, evaluate, gap_covered_interval
-from .files import atomic_write_text
+from .files import atomic_write_text, settings_file
 from .initialization import load_config
 from .loading import load_any, load_tokenizer, plain_copy, save_model
 from .precision import autocast_dtype
@@ -158,13 +158,7 @@ def _load_plain(args):
 
 def _claim(args):
     """Make the output folder ours, or refuse."""
-    settings = args.output_dir / "settings.json"
-    if args.resume and not settings.exists():
-        raise InputError(f"there is nothing to resume in {args.output_dir}; leave out --resume to start")
-    if settings.exists() and not args.resume:
-        raise InputError(
-            f"{args.output_dir} already holds a run; give --resume to go on with it, or another --output-dir"
-        )
+    settings = settings_file(args.output_dir, "run", resume=args.resume)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     atomic_write_text(settings, json.dumps(_settings(args), indent=1) + "\n")
 

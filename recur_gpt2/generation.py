@@ -242,8 +242,10 @@ class RecurGeneration(GenerationMixin):
                 hidden, state, layers = self.transformer(input_ids, attention_mask, state, True).to_tuple()
             else:
                 hidden, state = self._read_on(input_ids, attention_mask, state, logits_to_keep, parallel_windows)
-            cache = RecurCache(self, RecurState.empty(rows)) if cache is None else cache
-            cache.go_on(state, seen=places)
+            if cache is None:
+                cache = RecurCache(self, state, seen=places)
+            else:
+                cache.go_on(state, seen=places)
         logits = self.lm_head(kept_places(hidden, logits_to_keep))
         return RecurGPT2LMOutput(logits=logits, hidden_states=layers, past_key_values=cache)
 

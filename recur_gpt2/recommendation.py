@@ -183,7 +183,7 @@ def command(recommendation: Recommendation, model: str, data: str = "pg19-sample
         words += ["--accumulate", str(recommendation.accumulate), "--precision", work.precision]
         words += ["--checkpointing"] if work.checkpointing else []
         words += ["--recurrence", config.recurrence] if config.recurrence != "default" else []
-        words += ["--attention", "t2r", "--near-tokens", str(config.near_tokens)] if config.linear_layers else []
+        words += t2r_flags(config.near_tokens) if config.linear_layers else []
     elif work.task == "score":
         words += ["--data", data, "--lanes", str(work.lanes), "--parallel-windows", str(work.windows)]
         words += ["--precision", work.precision]
@@ -194,6 +194,11 @@ def command(recommendation: Recommendation, model: str, data: str = "pg19-sample
     elif work.task == "embed":
         words += ["--batch-tokens", str(work.lanes * work.windows * config.window)]
     return shlex.join(words)
+
+
+def t2r_flags(near_tokens: int) -> list[str]:
+    """Linear attention in all layers, for `recur-gpt2 finetune`."""
+    return ["--attention", "t2r", "--near-tokens", str(near_tokens)]
 
 
 def settings_line(recommendation: Recommendation) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError
-from .files import atomic_write_text
+from .files import atomic_write_text, settings_file
 from .fresh_measurements import FAILED
 from .initialization import load_config
 from .memory import TASKS
@@ -163,13 +163,7 @@ def _settings(args):
 
 def _claim(args, settings):
     """Make the output folder ours, or go on with what it holds, or refuse. -> the rows there"""
-    file, results = args.output_dir / "settings.json", _results(args)
-    if file.exists() and not args.resume:
-        raise InputError(
-            f"{args.output_dir} already holds a sweep; give --resume to go on with it, or another --output-dir"
-        )
-    if args.resume and not file.exists():
-        raise InputError(f"there is nothing to resume in {args.output_dir}; leave out --resume to start")
+    file, results = settings_file(args.output_dir, "sweep", resume=args.resume), _results(args)
     before = json.loads(file.read_text()) if file.exists() else settings
     changed = next((name for name in UNCHANGING if before[name] != settings[name]), None)
     if changed:

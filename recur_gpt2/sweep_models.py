@@ -20,7 +20,7 @@ from pathlib import Path
 from .errors import InputError
 from .fresh_runs import finetuned
 from .initialization import load_config
-from .recommendation import SEGMENT, STEP_TOKENS
+from .recommendation import SEGMENT, STEP_TOKENS, t2r_flags
 
 LANES = 8  # of a finetuning, with fewer where a window is long: what `recur-gpt2 finetune` has
 NEAR = 4  # t2r: a window's fraction of places near a query that keep softmax
@@ -34,10 +34,18 @@ class Method:
     """Its kind: disjoint, recurrent, t2r or recurrent+t2r."""
     protocol: str
 
+    @property
+    def recurrent(self) -> bool:
+        return self.model.startswith("recurrent")
+
+    @property
+    def linear(self) -> bool:
+        return self.model.endswith("t2r")
+
     def options(self, window: int) -> dict:
         """Fields of RecurGPT2Config beside GPT-2's and the window."""
-        fields = {"recurrence": "default" if self.model.startswith("recurrent") else "none"}
-        if self.model.endswith("t2r"):
+        fields = {"recurrence": "default" if self.recurrent else "none"}
+        if self.linear:
             fields |= {"linear_layers": "all", "near_tokens": window // NEAR}
         return fields
 
@@ -45,9 +53,7 @@ class Method:
         """The same for `recur-gpt2 finetune`."""
         options = self.options(window)
         flags = ["--window", str(window), "--recurrence", options["recurrence"]]
-        if self.model.endswith("t2r"):
-            flags += ["--attention", "t2r", "--near-tokens", str(options["near_tokens"])]
-        return flags
+        return flags + (t2r_flags(options["near_tokens"]) if self.linear else [])
 
 
 METHODS = {
@@ -85,13 +91,12 @@ class SweepModels:
             InputError: what lies there is another kind of model.
             subprocess.CalledProcessError: finetuning failed, and said why on its own error output.
         """
-        run = self.run(method, window)
-        model = run / "recurrent" / "model"
-        if not model.exists():
-            finetuned(run, self._flags(method, window))
+        model = self._model(method, window)
+        if self.missing(method, window):
+            finetuned(self.run(method, window), self._flags(method, window))
         config = load_config(str(model))
         found = (config.window, config.is_recurrent, bool(config.linear_layers))
-        if found != (window, method.model.startswith("recurrent"), method.model.endswith("t2r")):
+        if found != (window, method.recurrent, method.linear):
             raise InputError(
                 f"{model} was made with window={config.window}, recurrence={config.recurrence!r} and "
                 f"linear_layers={config.linear_layers}, which is not {method.model} at window {window}; move it away"
@@ -104,7 +109,7 @@ class SweepModels:
 
     def missing(self, method: Method, window: int) -> bool:
         """Whether a model must be finetuned yet."""
-        return not (self.run(method, window) / "recurrent" / "model").exists()
+        return not self._model(method, window).exists()
 
     def quality(self, method: Method, window: int) -> dict:
         """The scores of a method: what a row of results.json says of them, with each document's tokens and nats.
@@ -124,6 +129,9 @@ class SweepModels:
         kept = {key: value for key, value in row.items() if key not in measured}
         (nats,) = found["loss_by_document"].values()
         return kept | {"document_nats": nats, "document_tokens": found["tokens_by_document"], "model": str(model)}
+
+    def _model(self, method, window):
+        return self.run(method, window) / "recurrent" / "model"
 
     def _flags(self, method, window):
         lanes = max(1, min(self.most_lanes, STEP_TOKENS // (SEGMENT * window)))

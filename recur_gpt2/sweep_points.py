@@ -71,14 +71,14 @@ class SweepPoints:
             budgets: for each a row of the first settings that fit, and rows of those that did not. None: the settings
                 that take least, if that is no more than `most`.
         """
-        settings = sorted(self.candidates(method, window), key=lambda each: each.use.total)
-        least = settings[0].use.total / MARGIN if settings else math.inf
-        wished = self.candidates(method, window)
+        settings = self.candidates(method, window)
+        smallest = sorted(settings, key=lambda each: each.use.total)[:1]
+        least = smallest[0].use.total / MARGIN if smallest else math.inf
         rows = [self._not_fitting(method, window, budget, least) for budget in budgets if (budget or self.most) < least]
         fitting = [budget for budget in budgets if (budget or self.most) >= least]
         try:
             for budget in fitting:
-                rows += self._attempts(method, window, budget, wished if budget else settings[:1])
+                rows += self._attempts(method, window, budget, settings if budget else smallest)
             ended = [row for row in rows if row["status"] == OK]
             quality = self.models.quality(METHODS[method], window) if ended and self.scored else {}
         except (CalledProcessError, InputError) as error:
@@ -88,7 +88,7 @@ class SweepPoints:
         return rows
 
     def length(self, method: str, window: int, length: int) -> list[dict]:
-        """One row: a document of so many tokens, read with the settings that take least."""
+        """One row: a document of so many tokens, alone and without recomputation."""
         workload = Workload(self.task, 1, SEGMENT if self.task == "train" else 1, False, self.precision)
         accumulate = max(1, STEP_TOKENS // (SEGMENT * window)) if self.task == "train" else 1
         config = with_window(self.config, window, **METHODS[method].options(window))
