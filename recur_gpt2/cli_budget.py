@@ -138,7 +138,7 @@ def _fit(args, options):
         most_lanes=args.lanes,
         options=options,
     )
-    args.window, args.accumulate = found.config.window, found.accumulate
+    args.window, args.accumulate = found.config.window, found.workload.accumulate
     args.lanes, args.bptt = found.workload.lanes, found.workload.windows
     args.checkpointing, args.precision = found.workload.checkpointing, found.workload.precision
     print(settings_line(found))

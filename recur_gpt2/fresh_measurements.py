@@ -49,8 +49,6 @@ class Job:
     """For a GPT-2: other fields of RecurGPT2Config."""
     protocol: str = "disjoint"
     """score: as `evaluate` takes it."""
-    accumulate: int = 1
-    """train: segments a step."""
     steps: int = 4
     """train: optimizer steps, the first of them to warm up."""
     length: int = 0
@@ -160,7 +158,7 @@ def _train(model, job):
         steps=job.steps,
         lanes=work.lanes,
         bptt=work.windows,
-        accumulate=job.accumulate,
+        accumulate=work.accumulate,
         checkpointing=work.checkpointing,
         precision=work.precision,
         recurrent=model.config.is_recurrent,

@@ -31,9 +31,10 @@ TASKS = ("train", "score", "embed", "generate")
 FLOAT, LOW = 4, 2
 # Beside the tensors: buffers of the matrix libraries, and small objects.
 LIBRARIES = {"train": 40 * 2**20, "score": 30 * 2**20, "embed": 75 * 2**20, "generate": 30 * 2**20}
+LIBRARIES |= {"accumulated": 40 * 2**20, "recomputed": 35 * 2**20}
 # glibc's heap over what lives in it. Tensors are aligned, so that the hole left by one does not fit its like: what is
 # made and freed tears it. Recomputed blocks are small and alike.
-HEAP = {"train": 1.38, "recomputed": 1.35, "score": 1.8, "embed": 1.8, "generate": 1.25}
+HEAP = {"train": 1.32, "accumulated": 1.55, "recomputed": 1.2, "score": 1.8, "embed": 1.8, "generate": 1.25}
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ class Workload:
     """train: recompute windows one by one."""
     precision: str = "float32"
     """"float32", or "bfloat16": autocast over float32 weights."""
+    accumulate: int = 1
+    """train: segments an optimizer step."""
 
     def __post_init__(self):
         if self.task not in TASKS:
             raise InputError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
-        for name in ("lanes", "windows"):
+        for name in ("lanes", "windows", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
 
@@ -127,6 +130,8 @@ def _training(config, work):
     if work.checkpointing:  # all gradients stand throughout; and one layer's activations have theirs beside them
         saved += tokens * max(_returning(config, layer, work.width) for layer in range(config.n_layer))
         return _with_heap("recomputed", weights, weights, 2 * weights, casts, saved, state, logits)
+    if work.accumulate > 1:  # gradients of the segments before are there when everything of one is saved
+        return _with_heap("accumulated", weights, weights, 2 * weights, casts, saved, state, logits)
     # Either the loss, when everything is saved and of the gradients the head's alone is there; or the end of the
     # backward pass, when all are, and the embedding's stands beside the head's.
     at_loss = _with_heap("train", weights, head, 2 * weights, casts, saved, state, logits)
@@ -152,9 +157,9 @@ def _reading(config, work):
 
 def _with_heap(kind, weights, gradients, optimizer, casts, activations, state, logits):
     passing = activations + state + logits
-    passing += casts if kind in ("train", "recomputed") else 0  # elsewhere made once
-    passing += gradients if kind == "train" else 0  # made anew in each step
-    heap = round(LIBRARIES["train" if kind == "recomputed" else kind] + (HEAP[kind] - 1) * passing)
+    passing += casts if optimizer else 0  # elsewhere made once
+    passing += gradients if kind != "recomputed" else 0  # there they are made at once
+    heap = round(LIBRARIES[kind] + (HEAP[kind] - 1) * passing)
     return MemoryUse(weights, gradients, optimizer, casts, round(activations), round(state), round(logits), heap)
 
 
@@ -242,6 +247,8 @@ def _linear(config, layer, width):
     if config.near_tokens:
         chunk = min(near_attention.CHUNK, config.near_tokens, config.window)
         places = 2 * wide * (config.near_tokens + chunk) / chunk
+        if config.memory_slots:  # they stand in front of a window, with what the next one's are made of
+            places += 2 * wide * (max(config.near_tokens, config.last_slots) + config.window) / config.window
         return width * (places + 6 * wide + 3 * heads * features + wide * features / chunk + maps)
     chunk = min(CHUNK, config.window)
     return width * (4 * wide + 2 * heads * features + wide * features / chunk + maps)

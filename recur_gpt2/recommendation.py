@@ -39,13 +39,11 @@ class Recommendation:
 
     Attributes:
         config: of the model, window and recurrence included.
-        accumulate: train: segments an optimizer step.
         flops_per_token: of the task.
     """
 
     config: RecurGPT2Config
     workload: Workload
-    accumulate: int
     use: MemoryUse
     flops_per_token: float
 
@@ -138,11 +136,10 @@ def candidates(
     config: RecurGPT2Config, task: str, precision: str, most_lanes: int = MOST_LANES
 ) -> Iterator[Recommendation]:
     """All settings for one window, from the one that is wished for most."""
+    flops = flops_per_token(config, training=task == "train")
     ways = _steps(config, precision, most_lanes) if task == "train" else _readings(config, task, precision)
-    for workload, accumulate in ways:
-        use = memory_use(config, workload)
-        flops = flops_per_token(config, training=task == "train")
-        yield Recommendation(config, workload, accumulate, use, flops)
+    for workload in ways:
+        yield Recommendation(config, workload, memory_use(config, workload), flops)
 
 
 def _steps(config, precision, most_lanes):
@@ -150,20 +147,20 @@ def _steps(config, precision, most_lanes):
     whole = max(1, STEP_TOKENS // (SEGMENT * config.window))
     lanes = [some for halvings in range(whole.bit_length()) if (some := whole >> halvings) <= most_lanes]
     for checkpointing, some in product((False, True), lanes):
-        yield Workload("train", some, SEGMENT, checkpointing, precision), whole // some
+        yield Workload("train", some, SEGMENT, checkpointing, precision, whole // some)
     for segment in (2, 1):  # gradients that reach back less far
-        yield Workload("train", 1, segment, True, precision), whole * SEGMENT // segment
+        yield Workload("train", 1, segment, True, precision, whole * SEGMENT // segment)
 
 
 def _readings(config, task, precision):
     """As many lanes as make a block of BLOCK_TOKENS, a window of each at a time; fewer where they do not fit. A text is
     written alone, after a prompt that is read some windows at a time."""
     if task == "generate":
-        yield Workload(task, 1, PARALLEL_WINDOWS, False, precision), 1
+        yield Workload(task, 1, PARALLEL_WINDOWS, False, precision)
         return
     most = max(1, BLOCK_TOKENS // config.window)
     for halvings in range(most.bit_length()):
-        yield Workload(task, most >> halvings, 1, False, precision), 1
+        yield Workload(task, most >> halvings, 1, False, precision)
 
 
 def command(recommendation: Recommendation, model: str, data: str = "pg19-sample", protocol: str | None = None) -> str:
@@ -180,7 +177,7 @@ def command(recommendation: Recommendation, model: str, data: str = "pg19-sample
     words += ["--model", model, "--window", str(config.window)]
     if work.task == "train":
         words += ["--data", data, "--lanes", str(work.lanes), "--bptt", str(work.windows)]
-        words += ["--accumulate", str(recommendation.accumulate), "--precision", work.precision]
+        words += ["--accumulate", str(work.accumulate), "--precision", work.precision]
         words += ["--checkpointing"] if work.checkpointing else []
         words += ["--recurrence", config.recurrence] if config.recurrence != "default" else []
         words += t2r_flags(config.near_tokens) if config.linear_layers else []
@@ -206,7 +203,7 @@ def settings_line(recommendation: Recommendation) -> str:
     work, use = recommendation.workload, recommendation.use
     parts = [f"window {recommendation.config.window}", f"{work.lanes} lanes"]
     if work.task == "train":
-        parts += [f"{work.windows} windows a segment", f"{recommendation.accumulate} segments a step"]
+        parts += [f"{work.windows} windows a segment", f"{work.accumulate} segments a step"]
         parts += ["recomputation"] if work.checkpointing else []
     parts += [work.precision]
     mib = 2**20

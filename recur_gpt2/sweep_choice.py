@@ -55,7 +55,5 @@ def _read(folder):
 
 def _settings(row, gpt2):
     config = with_window(gpt2, row["window"], **METHODS[row["method"]].options(row["window"]))
-    options = dict(row["settings"])
-    accumulate = options.pop("accumulate")
-    workload = Workload(row["task"], **options)
-    return Recommendation(config, workload, accumulate, memory_use(config, workload), row["flops_per_token"])
+    workload = Workload(row["task"], **row["settings"])
+    return Recommendation(config, workload, memory_use(config, workload), row["flops_per_token"])

@@ -89,11 +89,12 @@ class SweepPoints:
 
     def length(self, method: str, window: int, length: int) -> list[dict]:
         """One row: a document of so many tokens, alone and without recomputation."""
-        workload = Workload(self.task, 1, SEGMENT if self.task == "train" else 1, False, self.precision)
-        accumulate = max(1, STEP_TOKENS // (SEGMENT * window)) if self.task == "train" else 1
+        segments = {"windows": SEGMENT, "accumulate": max(1, STEP_TOKENS // (SEGMENT * window))}
+        alone = segments if self.task == "train" else {"windows": 1}
+        workload = Workload(self.task, lanes=1, precision=self.precision, **alone)
         config = with_window(self.config, window, **METHODS[method].options(window))
         flops = flops_per_token(config, training=self.task == "train")
-        settings = Recommendation(config, workload, accumulate, memory_use(config, workload), flops)
+        settings = Recommendation(config, workload, memory_use(config, workload), flops)
         row = {"kind": "length", "id": f"{self.task}, {method}, window {window}, {length} tokens"}
         row |= {"task": self.task, "method": method, "window": window, "length": length}
         try:
@@ -125,7 +126,6 @@ class SweepPoints:
             window=config.window,
             recurrence=fields.pop("recurrence"),
             options=fields,
-            accumulate=settings.accumulate,
             device=self.models.device,
             **{"protocol": how.protocol if self.task == "score" else "disjoint"}
             | {"steps": STEPS, "length": length}
@@ -147,7 +147,7 @@ class SweepPoints:
         options = {key: value for key, value in asdict(work).items() if key != "task"}
         return {
             **self._point(method, window, budget, settings),
-            "settings": options | {"accumulate": settings.accumulate},
+            "settings": options,
             "predicted_memory_bytes": settings.use.total,
             "flops_per_token": flops_per_token(settings.config) * (2 if overlapping else 1),
             "training_flops_per_token": flops_per_token(settings.config, training=True),

@@ -60,7 +60,7 @@ def test_every_step_has_as_many_tokens():
     for budget in (280, 320, 460, 860, 2000):
         found = recommend(MODEL, budget * MIB)
         work = found.workload
-        assert work.lanes * work.windows * found.config.window * found.accumulate == 8192
+        assert work.lanes * work.windows * found.config.window * found.workload.accumulate == 8192
 
 
 def test_a_budget_that_holds_nothing_is_refused_with_the_least_that_would():
@@ -74,7 +74,7 @@ def test_no_more_lanes_than_there_are_documents():
     for most in (1, 3, 8):
         found = recommend(MODEL, 2**31, windows=(64,), most_lanes=most)
         assert found.workload.lanes == {1: 1, 3: 2, 8: 8}[most]
-        assert found.workload.lanes * found.accumulate * 4 * 64 == 8192
+        assert found.workload.lanes * found.workload.accumulate * 4 * 64 == 8192
     assert recommend(MODEL, 2**31, windows=(64,)).workload.lanes == 16
 
 
