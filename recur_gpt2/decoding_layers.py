@@ -87,8 +87,9 @@ class SoftmaxLayer:
 
     def attend(self, hidden: Tensor, places: Places) -> Tensor:
         """(B, 1, D) layer input -> (B, H, 1, d)"""
-        query, key, value = self.block.project(hidden)
-        places.put(self.places, self.slots, torch.stack((key[:, :, 0], value[:, :, 0]), dim=1))
+        projected = self.block.project_together(hidden)
+        query = projected[:, 0]
+        places.put(self.places, self.slots, projected[:, 1:, :, 0])
         scale, end = self.block.attn.scaling, self.slots + max(places.filled) + 1
         if places.alike:
             start = 0 if places.has_memory[0] else self.slots
@@ -197,8 +198,9 @@ class NearLayer:
 
     def attend(self, hidden: Tensor, places: Places) -> Tensor:
         block = self.block
-        query, key, value = block.project(hidden)
-        places.put(self.places, self.kept, torch.stack((key[:, :, 0], value[:, :, 0]), dim=1))
+        projected = block.project_together(hidden)
+        query = projected[:, 0]
+        places.put(self.places, self.kept, projected[:, 1:, :, 0])
         key, value = self._near_places(places).to(query.dtype).unbind(1)
         query = query * block.query_factor
         features = block.feature_map.features(query, key[:, :, :1])

@@ -4,7 +4,6 @@ The parameters, their names and their arithmetic are transformers' own.
 """
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
@@ -70,7 +69,12 @@ class RecurGPT2Block(GPT2Block):
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) layer input -> query, key, value, each (B, H, T, D / H)."""
-        return tuple(map(self._split_heads, self.attn.c_attn(self.ln_1(hidden)).chunk(3, dim=-1)))
+        return self.project_together(hidden).unbind(-4)
+
+    def project_together(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) layer input -> query, key and value, (B, 3, H, T, D / H)."""
+        projected = self.attn.c_attn(self.ln_1(hidden))
+        return projected.unflatten(-1, (3, self.attn.num_heads, self.attn.head_dim)).movedim(-4, -2)
 
     def project_features(self, hidden: Tensor, keys: slice | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(B, T, D) layer input -> phi of queries and of keys (B, H, T, k), values, and keys (B, H, T', d).
@@ -129,7 +133,7 @@ class RecurGPT2Block(GPT2Block):
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Layer input (B, T, D) and what its heads attended to (B, H, T, D / H) -> layer output (B, T, D)."""
-        attended = rearrange(attended, "... h t d -> ... t (h d)")
+        attended = attended.transpose(-3, -2).flatten(-2)
         hidden = hidden + self.attn.resid_dropout(self.attn.c_proj(attended))
         if torch.is_grad_enabled() or hidden.is_cuda:
             return hidden + self.mlp(self.ln_2(hidden))
@@ -143,4 +147,4 @@ class RecurGPT2Block(GPT2Block):
         return {"scale": self.attn.scaling, "dropout": self.attn.attn_dropout.p if self.training else 0.0}
 
     def _split_heads(self, projected):
-        return rearrange(projected, "... t (h d) -> ... h t d", h=self.attn.num_heads)
+        return projected.unflatten(-1, (self.attn.num_heads, -1)).transpose(-3, -2)
