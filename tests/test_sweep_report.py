@@ -255,6 +255,20 @@ def test_both_frontiers_are_in_the_report():
     assert verdict(compared(rows, cost="flops_per_token")) in computation
 
 
+def test_without_overlapping_windows_the_others_are_compared_among_themselves():
+    """Overlap costs no memory, so by memory it would hide what is best at its computation."""
+    rows = [make_point("disjoint", 4.3, 100), make_point("overlap", 4.0, 100), make_point("recurrent", 4.1, 120)]
+    sections = markdown_report(rows, SETTINGS).split("## By ")[1:]
+    assert [section.partition("\n")[0] for section in sections] == [
+        "peak memory",
+        "forward computation",
+        "peak memory, without overlapping windows",
+    ]
+    assert "| overlap, window 256 |" in sections[0]
+    assert "| overlap, window 256 |" not in sections[2].split("## Points")[0]
+    assert "at 1 of the 2 levels" in sections[2]
+
+
 def test_results_csv_is_flat_and_holds_every_row():
     rows = [make_point("disjoint", 3.3, 100), {"kind": "point", "status": "failed", "reason": 'a "b",\nc'}]
     first, second = csv.DictReader(csv_text(rows).splitlines(keepends=True))
