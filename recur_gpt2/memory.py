@@ -193,7 +193,7 @@ def _places(config, layer, work):
 def _loss(config, work, tokens, *, with_gradients):
     """The chunk of logits at hand, and the hidden states with their gradient."""
     rows = min(cpu_chunk_rows(config.vocab_size), tokens)
-    wide = 2 * FLOAT + (LOW if work.width == LOW else 0)  # logits, softmax, and the logits in 16 bit
+    wide = 2 * FLOAT + (LOW if with_gradients and work.width == LOW else 0)  # logits, softmax; the logits in 16 bit
     hidden = FLOAT + (2 * work.width + FLOAT if with_gradients else work.width)
     return rows * config.vocab_size * wide + tokens * config.n_embd * hidden
 

@@ -30,6 +30,9 @@ TRAINING = {
     "16 bit": (256, "default", Workload("train", 2, 4, False, "bfloat16"), {}),
     "long windows": (1024, "default", Workload("train", 1, 1, False, "bfloat16"), {}),
     "recomputation": (256, "default", Workload("train", 2, 8, True, "bfloat16"), {}),
+    "several segments": (256, "default", Workload("train", 1, 4, False, "float32", accumulate=4), {}),
+    "several, 16 bit": (128, "default", Workload("train", 4, 4, False, "bfloat16", accumulate=4), {}),
+    "several, recomputed": (1024, "default", Workload("train", 1, 2, True, "bfloat16", accumulate=2), {}),
     "t2r": (256, "none", Workload("train", 2, 2, False, "float32"), {"linear_layers": "all"}),
     "near": (256, "default", Workload("train", 1, 2, False, "float32"), {"linear_layers": "all", "near_tokens": 64}),
 }
@@ -79,16 +82,16 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tell
 @pytest.mark.parametrize("case", TRAINING.values(), ids=TRAINING.keys())
 def test_finetuning_takes_what_the_formula_says(checkpoint, case):
     predicted, peak = predicted_and_measured(checkpoint(LARGE), LARGE, *case)
-    assert predicted == pytest.approx(peak, rel=0.15)
+    assert predicted == pytest.approx(peak, rel=0.1)
 
 
 @linux_only
 @pytest.mark.slow
 @pytest.mark.parametrize("case", READING.values(), ids=READING.keys())
 def test_reading_takes_what_the_formula_says(checkpoint, case):
-    """Less exactly: without gradients little is held, and how the heap rounds it differs from run to run."""
+    """Less exactly: without gradients little is held, and how the heap rounds it differs by a tenth from run to run."""
     predicted, peak = predicted_and_measured(checkpoint(LARGE), LARGE, *case)
-    assert predicted == pytest.approx(peak, rel=0.25)
+    assert predicted == pytest.approx(peak, rel=0.2)
 
 
 def test_parameters_are_counted_as_they_are():
