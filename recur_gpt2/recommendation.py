@@ -23,6 +23,7 @@ from .initialization import load_config
 from .memory import MemoryUse, Workload, memory_use
 
 WINDOWS = (1024, 512, 256, 128, 64)
+ROOM = 64  # positions for what stands in front of the longest window: without them memory is worth little there
 STEP_TOKENS = 8192  # of a finetuning step, however many lanes it takes at a time: as the main job's
 MOST_LANES = 16  # in training: the most of any use on a CPU; and the text must have as many documents
 SEGMENT = 4  # K, windows that gradients reach back over
@@ -88,7 +89,7 @@ def recommend(
         model: GPT-2 or one of our models (whose window then is given): hub id or folder.
         budget: bytes above what the interpreter and its libraries take.
         task: one of memory.TASKS.
-        windows: T to choose from; None: those up to the model's positions.
+        windows: T to choose from; None: those up to the model's positions, less ROOM with recurrence.
         recurrence: preset, for a GPT-2.
         precision: "float32" or "bfloat16"; None: 16 bit where the processor has products in it, for training alone.
         most_lanes: for training, as many as there are documents; None: MOST_LANES.
@@ -121,7 +122,8 @@ def default_precision(task):
 def _configs(config, windows, recurrence, options):
     if config.model_type == RecurGPT2Config.model_type:
         return [config]
-    windows = [window for window in windows or WINDOWS if window <= config.n_positions] or [config.n_positions]
+    most = config.n_positions - (0 if windows or recurrence == "none" else min(ROOM, config.n_positions // 2))
+    windows = dict.fromkeys(min(window, most) for window in windows or WINDOWS)
     return [with_window(config, window, recurrence=recurrence, **options) for window in windows]
 
 

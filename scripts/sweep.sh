@@ -13,8 +13,9 @@ sweep() { # task, then methods, windows and budgets
 }
 
 softmax=(--methods disjoint overlap recurrent recurrent+overlap --windows 64 128 256 512 1024)
+longest=(--methods recurrent recurrent+overlap --windows 960) # at 1024 no position is left for memory
 linear=(--methods t2r recurrent+t2r --windows 256 1024) # slow to train on a CPU
-for methods in softmax linear; do
+for methods in softmax longest linear; do
   declare -n chosen=$methods
   sweep train "${chosen[@]}" --budget 192MiB 256MiB 384MiB 512MiB 1GiB
   sweep score "${chosen[@]}" --budget 72MiB 96MiB 128MiB 192MiB

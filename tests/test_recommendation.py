@@ -60,7 +60,17 @@ def test_every_step_has_as_many_tokens():
     for budget in (280, 320, 460, 860, 2000):
         found = recommend(MODEL, budget * MIB)
         work = found.workload
-        assert work.lanes * work.windows * found.config.window * found.workload.accumulate == 8192
+        whole = 8192 // (4 * found.config.window) * 4 * found.config.window  # 960 does not divide it
+        assert work.lanes * work.windows * found.config.window * work.accumulate == whole > 7500
+
+
+def test_the_longest_window_leaves_positions_for_the_memory_in_front_of_it():
+    """At 1,024 there are none, and memory is worth nothing: docs/memory_budget.md."""
+    config = recommend(MODEL, 2**31).config
+    assert config.window == 960
+    assert config.position_offset == config.memory_slots
+    assert recommend(MODEL, 2**31, recurrence="none").config.window == 1024
+    assert recommend(MODEL, 2**31, windows=(1024,)).config.window == 1024
 
 
 def test_a_budget_that_holds_nothing_is_refused_with_the_least_that_would():
