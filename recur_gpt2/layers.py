@@ -135,7 +135,7 @@ class RecurGPT2Block(GPT2Block):
         """Layer input (B, T, D) and what its heads attended to (B, H, T, D / H) -> layer output (B, T, D)."""
         attended = attended.transpose(-3, -2).flatten(-2)
         hidden = hidden + self.attn.resid_dropout(self.attn.c_proj(attended))
-        if torch.is_grad_enabled() or hidden.is_cuda:
+        if torch.is_grad_enabled() or hidden.is_cuda or hidden.shape[:-1].numel() <= TOKENS_AT_ONCE:
             return hidden + self.mlp(self.ln_2(hidden))
         for some in hidden.view(-1, hidden.shape[-1]).split(TOKENS_AT_ONCE):
             some += self.mlp(self.ln_2(some))

@@ -24,10 +24,8 @@ LARGE = MINI | {
 }
 # name -> (window, recurrence, workload, fields of the configuration)
 TRAINING = {
-    "one lane": (256, "default", Workload("train", 1, 4, False, "float32"), {}),
     "many short windows": (64, "default", Workload("train", 8, 2, False, "float32"), {}),
     "no memory": (256, "none", Workload("train", 2, 2, False, "float32"), {}),
-    "16 bit": (256, "default", Workload("train", 2, 4, False, "bfloat16"), {}),
     "long windows": (1024, "default", Workload("train", 1, 1, False, "bfloat16"), {}),
     "recomputation": (256, "default", Workload("train", 2, 8, True, "bfloat16"), {}),
     "several segments": (256, "default", Workload("train", 1, 4, False, "float32", accumulate=4), {}),
