@@ -6,8 +6,8 @@
 
 within: both `generate()`, as far as the model has positions. beyond: from there on transformers has no generate(); what
 people do is to drop the older half of the text when the positions are full and read the rest again ("drop half"), or to
-read a full window again for every token ("sliding"), in a loop around the model; so ours is measured in such a loop too.
-long: a text's memory and time for a token, early and late. text: what the base GPT-2 thinks of what each writes, and how
+read a full window again for every token ("sliding"), in a loop around the model; so ours is measured in one too.
+long: memory and time for a token, early and late in a text. text: what the base GPT-2 thinks of what each writes, how
 much of it is new (distinct n-grams over all).
 """
 
