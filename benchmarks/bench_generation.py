@@ -38,7 +38,7 @@ from common import (
 )
 from transformers import DynamicCache
 
-from recur_gpt2.accounting import Meter
+from recur_gpt2.accounting import Meter, peak_resident
 
 PROMPT = 16  # tokens
 MIB = 2**-20
@@ -56,8 +56,8 @@ def parse() -> Namespace:
     add("--batches", type=int, nargs="+", default=[1, 16], help="texts side by side (default: 1 16)")
     add("--tokens", type=int, default=3000, help="of a text beyond all positions (default: 3000)")
     two = {"type": int, "nargs": 2, "metavar": "N"}
-    add("--long", default=[1000, 50000], help="memory after so many tokens (default: 1000 50000)", **two)
-    add("--late", default=[300, 20000], help="time for a token there (default: 300 20000)", **two)
+    add("--long", default=[1000, 50000], help="memory after writing so many tokens (default: 1000 50000)", **two)
+    add("--late", default=[300, 20000], help="time for a token behind so many (default: 300 20000)", **two)
     add("--text-tokens", type=int, default=4000, help="of the texts that are judged (default: 4000)")
     add("--ours", help="finetuned model for the texts; default: --model with untrained recurrence")
     args = check_arguments(parser, parser.parse_args())
@@ -116,16 +116,17 @@ def _speeds(args, head, rows, variants, base, aim=AIMS["within"]):
 def _long(args):
     settings = vars(args) | {"part": "long", "variant": "ours", "rows": 1}
     found = {str(count): fresh(__file__, settings | {"new_tokens": count}) for count in args.long}
-    found["late"] = fresh(__file__, settings | {"new_tokens": args.late[1]})
+    found["late"] = fresh(__file__, settings | {"part": "late"})
     if any("error" in each for each in found.values()):
         return found
-    first, last = (found[str(count)]["peak_memory_bytes"] for count in args.long)
-    early, late = found["late"]["seconds_at"]
-    found["memory_ratio"], found["time_ratio"] = spread([last / first]), spread([late / early])
+    first, last = (found[str(count)]["peak_resident_bytes"] for count in args.long)
+    early, late = (sorted(each)[len(each) // 2] for each in found["late"]["seconds"])
+    found["memory_ratio"] = spread([last / first])
+    found["time_ratio"] = spread([b / a for a, b in zip(*found["late"]["seconds"], strict=True)])
     memory = [f"{each * MIB:,.1f} MiB" for each in (first, last)]
     times = [f"{each * 1e3:.3f} ms" for each in (early, late)]
     rows = [
-        ["peak memory", *memory, ratio(found, "memory_ratio", at_most=AIMS["memory"])],
+        ["peak memory of the process", *memory, ratio(found, "memory_ratio", at_most=AIMS["memory"])],
         ["time for a token", *times, ratio(found, "time_ratio", at_most=AIMS["late"])],
     ]
     at = [f"after {a:,} / at {b:,}" for a, b in zip(args.long, args.late, strict=True)]
@@ -155,19 +156,18 @@ def measure(settings: Namespace) -> dict:
     write = write[settings.variant]
     if settings.part == "text":
         return _judged(settings, write(model, prompt, settings.new_tokens, draw=_sampled)[0, PROMPT:])
+    if settings.part == "late":
+        return {"seconds": _by_turns(model, settings.late)}
     count = settings.new_tokens or model.config.n_positions - PROMPT
     write(model, prompt, 8)
     synchronize(device)
-    times = []
     with torch.no_grad(), Meter(model) as meter:
         began = time.perf_counter()
-        write(model, prompt, count, times=times)
+        write(model, prompt, count)
         synchronize(device)
         seconds = time.perf_counter() - began
     found = {"tokens_per_second": settings.rows * count / seconds, "peak_memory_bytes": meter.peak_memory_bytes}
-    if settings.part == "long" and count > settings.late[0] + 100:
-        found["seconds_at"] = [_typical(times, settings.late[0]), _typical(times, count - 100)]
-    return found
+    return found | {"peak_resident_bytes": peak_resident()}
 
 
 def _ours(settings):
@@ -178,10 +178,17 @@ def _ours(settings):
     return build_ours(settings, "default")
 
 
-def _typical(times, place, around=200):
-    """Seconds for a token: the median over the windows around it, so that each has turned over."""
-    some = sorted(times[max(0, place - around) : place + around])
-    return some[len(some) // 2]
+def _by_turns(model, places, rounds=12):
+    """Seconds for a token behind a text of each length: medians of a window's tokens, in turns, since a machine's speed
+    changes with the minutes. The texts are read, which leaves the state that writing them would."""
+    seconds = [[] for _ in places]
+    for turn in range(rounds + 1):
+        for each, place in zip(seconds, places, strict=True):
+            times = []
+            text = torch.randint(1, model.config.vocab_size - 1, (1, place), device=model.device)
+            _generate(model, text, model.config.window, times=times)
+            each.extend([sorted(times)[len(times) // 2]] if turn else [])  # the first to warm up
+    return seconds
 
 
 class _Clock:
@@ -212,18 +219,19 @@ def _greedy(logits):
 
 
 def _generate(model, prompt, count, *, times=None, draw=None):
+    """`generate()`; seconds between tokens go to `times`, of one text."""
     options = (
         {"do_sample": False} if draw is None else {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
     )
     torch.manual_seed(0)
-    streamer = None if times is None or len(prompt) > 1 else _Clock(times)
+    streamer = None if times is None else _Clock(times)
     mask = torch.ones_like(prompt)
     options |= {"attention_mask": mask, "eos_token_id": None, "pad_token_id": 0, "streamer": streamer}
     return model.generate(prompt, max_new_tokens=count, min_new_tokens=count, **options)
 
 
 @torch.no_grad()
-def _drop_half(model, ids, count, *, times=None, draw=_greedy):
+def _drop_half(model, ids, count, *, draw=_greedy):
     """transformers' own cache; when the positions are full, the newer half of the text is read again."""
     torch.manual_seed(0)
     cache, unread = DynamicCache(config=model.config), ids
@@ -237,7 +245,7 @@ def _drop_half(model, ids, count, *, times=None, draw=_greedy):
 
 
 @torch.no_grad()
-def _loop(model, ids, count, *, times=None, draw=_greedy):
+def _loop(model, ids, count, *, draw=_greedy):
     """Ours without `generate()`, as the other ways beyond all positions are."""
     torch.manual_seed(0)
     cache, unread = None, ids
@@ -249,7 +257,7 @@ def _loop(model, ids, count, *, times=None, draw=_greedy):
 
 
 @torch.no_grad()
-def _sliding(model, ids, count, *, times=None, draw=_greedy):
+def _sliding(model, ids, count, *, draw=_greedy):
     """A full window read again for each token."""
     ids = torch.cat((ids, ids.new_ones(len(ids), model.config.n_positions)), dim=1)
     for _ in range(count):
