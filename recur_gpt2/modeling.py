@@ -34,7 +34,7 @@ from .padding import Packing
 from .reading import FreshWindows, ResumedWindows
 from .recurrence import LayerMemory, PooledMemory, make_recurrence
 from .state import RecurState
-from .walking import LayerWalk, PooledWalk, Teach
+from .walking import LayerWalk, PooledWalk, RunLayer, Teach
 
 NEW_MODULES = LayerMemory | PooledMemory | FeatureMap | FarGate  # what GPT-2 has not
 
@@ -185,7 +185,13 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         state = replace(state, origin=ref(self))
         return RecurGPT2Output(layers[-1], state, tuple(layers) if output_hidden_states else None)
 
-    def read(self, input_ids: Tensor, starts: Tensor, state: RecurState | None = None) -> tuple[Tensor, RecurState]:
+    def read(
+        self,
+        input_ids: Tensor,
+        starts: Tensor,
+        state: RecurState | None = None,
+        run_layer: RunLayer | None = None,
+    ) -> tuple[Tensor, RecurState]:
         """Read W whole windows of each row at once: what training iterates over.
 
         Args:
@@ -193,25 +199,27 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             starts: (B, W) bool on the CPU, whether a document starts at the window. The window after a padded one
                 must start a document.
             state: before the first window.
+            run_layer: calls each layer, `run_layer(layer, *tensors)`, in place of us, and may do so again later: what
+                recomputation hooks into.
 
         Returns:
             Hidden states (B, W, T, D) after the final layer norm, and the state after the last window.
         """
-        return self._read(input_ids, starts, state)
+        return self._read(input_ids, starts, state, run_layer=run_layer)
 
-    def _read(self, input_ids, starts, state, teach=None):
+    def _read(self, input_ids, starts, state, **options):
         rows, windows, length = input_ids.shape
         state = self._checked_state(state, rows, self.config.n_layer)
         has_memory = torch.ones(rows, windows, dtype=torch.bool)
         has_memory[:, 0] = state.windows > 0
         tokens = torch.full((rows,), windows * length)
         stretch = FreshWindows(state, has_memory & ~starts, tokens, self.config.window)
-        hidden, state = self._run(input_ids, stretch, teach=teach)
+        hidden, state = self._run(input_ids, stretch, **options)
         return hidden[-1], state
 
     def read_softly(self, input_ids: Tensor, starts: Tensor) -> Tensor:
         """`read`, from no state, with softmax attention in all layers, as before conversion -> hidden states."""
-        return self._read(input_ids, starts, None, lambda *_: None)[0]
+        return self._read(input_ids, starts, None, teach=lambda *_: None)[0]
 
     def teach(self, input_ids: Tensor, starts: Tensor, state: RecurState | None, teach: Teach) -> RecurState:
         """`read` with softmax attention in all layers, as before conversion -> the state after the last window.
@@ -220,7 +228,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             teach: called in every layer whose own attention is linear, with the block, its queries and keys
                 (B, W, H, T, d), keys of its memory (B, W, H, M, d) or None, and which windows have memory.
         """
-        return self._read(input_ids, starts, state, teach)[1]
+        return self._read(input_ids, starts, state, teach=teach)[1]
 
     def _checked_depth(self, layer):
         layers = self.config.n_layer
@@ -260,13 +268,13 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         ids = packing.take(rows, done[rows], int(tokens.max()) if windows == 1 else windows * window)
         return rows, FreshWindows(picked, has_memory, tokens, window), ids.view(len(rows), windows, -1), tokens
 
-    def _run(self, input_ids, stretch, *, every_layer=False, teach=None, depth=None):
+    def _run(self, input_ids, stretch, *, every_layer=False, depth=None, **options):
         """(B, W, T) tokens -> list of hidden states (B, W, T, D) of the first `depth` layers, or the last; state."""
         depth = self.config.n_layer if depth is None else depth
         positions = stretch.positions(input_ids.shape[2], self.config.position_offset).to(input_ids.device)
         embedded = self.drop(self.wte(input_ids) + self.wpe(positions))
         form = PooledWalk if self.config.pool_layers else LayerWalk
-        walk = form(self, stretch, depth=depth, every_layer=every_layer, teach=teach)
+        walk = form(self, stretch, depth=depth, every_layer=every_layer, **options)
         hidden = walk.run(embedded)
         hidden = [embedded, *hidden] if every_layer or not hidden else hidden[-1:]
         del embedded

@@ -8,6 +8,9 @@ none breaks the graph of torch.compile at every layer.
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -58,6 +61,12 @@ class FreshWindows:
     def read_now(self) -> list[int]:
         """Tokens of each row's unfinished window that are among these."""
         return self.filled
+
+    def with_memory(self, memory: dict[str, Tensor]) -> FreshWindows:
+        """The same windows behind another memory, in RecurState's terms."""
+        windows = copy(self)
+        windows.state = replace(self.state, memory=memory)
+        return windows
 
     def extend(self, layer: str, key: Tensor, value: Tensor) -> KeyValue:
         """(B, W, H, T, d) new keys and values -> those of the windows so far: the same."""

@@ -1,16 +1,18 @@
-"""Backpropagation through a segment that keeps a few states and computes everything else again.
+"""Backpropagation through a segment that keeps a few states, and layers' outputs, and computes everything else again.
 
-torch.utils.checkpoint keeps every state, and for each block a graph of placeholders of a quarter of a megabyte; and it
-makes the gradients of the loss's head twice. Here a block runs without a graph first, and with one in the backward
-pass. Not for what a block computes: that is the caller's.
+torch.utils.checkpoint keeps every state, and for each block a graph of placeholders of a quarter of a megabyte; it
+makes the gradients of the loss's head twice; and checkpoints of layers inside those of blocks would compute everything
+three times. Here a block runs without a graph first, which notes what its layers gave. In the backward pass its layers
+take that from the notes, and run once more, one at a time, as their gradients come back: so that one layer of one block
+is saved at a time. Not for what a block computes: that is the caller's.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .state import RecurState
+from .walking import RunLayer
 
 KEPT = 8  # states of a segment that are kept; those between them are made once more, by reading on from one
 
@@ -25,8 +28,8 @@ KEPT = 8  # states of a segment that are kept; those between them are made once 
 class Block(Protocol):
     """Some windows: two pure functions of what they are given, of the parameters and of random numbers."""
 
-    def read(self, state: RecurState) -> tuple[Tensor, RecurState]:
-        """The state before -> hidden states, and the state after."""
+    def read(self, state: RecurState, run_layer: RunLayer) -> tuple[Tensor, RecurState]:
+        """The state before -> hidden states, and the state after. Its layers are called through `run_layer`."""
 
     def loss(self, hidden: Tensor) -> Tensor:
         """Hidden states -> ()."""
@@ -81,22 +84,29 @@ class _Walk:
         self.device = parameters[0].device
         self.spacing = -(-len(blocks) // KEPT)
         self.kept: list[tuple[RecurState, tuple]] = []  # every `spacing` blocks, state and random state before them
+        self.noted: list[tuple] = []  # the last block of each of those stretches, as `_note` gives it
         kind = self.device.type
+        # Without autocast's cache: it would hold all weights in 16 bit, and a layer needs its own once.
         self.autocast = {
             "device_type": kind,
             "enabled": torch.is_autocast_enabled(kind),
             "dtype": torch.get_autocast_dtype(kind),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
+            "cache_enabled": False,
         }
 
     def forward(self, state):
         """Without a graph -> the summed loss and the last state's memory, one tensor a name."""
-        total = 0.0
-        for number, block in enumerate(self.blocks):
-            if number % self.spacing == 0:
-                self.kept.append((state, self._random()))
-            hidden, state = block.read(state)
-            total = total + block.loss(hidden)
+        total, last = 0.0, len(self.blocks) - 1
+        with torch.autocast(**self.autocast):
+            for number, block in enumerate(self.blocks):
+                if number % self.spacing == 0:
+                    self.kept.append((state, self._random()))
+                if number % self.spacing == self.spacing - 1 or number == last:
+                    noted, hidden, state = self._note(block, state)
+                    self.noted.append(noted)
+                else:
+                    hidden, state = block.read(state, _call)
+                total = total + block.loss(hidden)
         self.after, self.names = replace(state, memory={}), list(state.memory)
         return total, *state.memory.values()
 
@@ -130,30 +140,52 @@ class _Walk:
             if id(parameter) not in reached and not parameter.grad.any():
                 parameter.grad = None
 
-    def _stretch(self):
-        """The blocks from the last kept state on, each with the state and the random state before it."""
-        state, random = self.kept.pop()
-        first = len(self.kept) * self.spacing
-        blocks = self.blocks[first : first + self.spacing]
-        stretch = [(blocks[0], state, random)]
-        with self._as_forward(random), torch.no_grad():
-            for before, block in pairwise(blocks):
-                _, state = before.read(state)
-                stretch.append((block, state, self._random()))
-        return stretch
+    def _note(self, block, state):
+        """Read one block without a graph -> (block, state and random state before it, notes); hidden states, state."""
+        notes = deque()
 
-    def _through(self, block, state, random, grad_total, grad_memory):
+        def run_layer(layer, *inputs):
+            random = self._random()
+            outputs = layer(*inputs)
+            notes.append((random, outputs))
+            return outputs
+
+        random = self._random()
+        hidden, after = block.read(state, run_layer)
+        return (block, state, random, notes), hidden, after
+
+    def _stretch(self):
+        """The blocks from the last kept state on, noted."""
+        state, random = self.kept.pop()
+        first, stretch = len(self.kept) * self.spacing, []
+        with self._as_forward(random), torch.no_grad():
+            for block in self.blocks[first : first + self.spacing][:-1]:
+                noted, _, state = self._note(block, state)
+                stretch.append(noted)
+        return [*stretch, self.noted.pop()]
+
+    def _through(self, block, state, random, notes, grad_total, grad_memory):
         """Back through one block -> gradients of the memory before it, by name."""
         given = {name: tensor.detach().requires_grad_() for name, tensor in state.memory.items()}
+
+        def run_layer(layer, *inputs):
+            return _Layer.apply(self, layer, *notes.popleft(), self.parameters[0], *inputs)
+
         with self._as_forward(random), torch.enable_grad():
-            hidden, after = block.read(replace(state, memory=given))
+            hidden, after = block.read(replace(state, memory=given), run_layer)
             made = [(hidden, None if grad_total is None else block.loss_backward(hidden, grad_total))]
         made += [(after.memory[name], gradient) for name, gradient in grad_memory.items()]
-        made = [pair for pair in made if pair[0].requires_grad and pair[1] is not None]
         del hidden, after
-        if made:
-            torch.autograd.backward(*zip(*made, strict=True))
+        _backward(made)
         return {name: tensor.grad for name, tensor in given.items()}
+
+    def through_layer(self, layer, random, inputs, gradients):
+        """Back through one layer: its inputs, and gradients of its outputs -> gradients of its inputs."""
+        inputs = [None if each is None else each.detach().requires_grad_(each.requires_grad) for each in inputs]
+        with self._as_forward(random), torch.enable_grad():
+            outputs = layer(*inputs)
+        _backward(zip(outputs, gradients, strict=True))
+        return [None if each is None else each.grad for each in inputs]
 
     def _random(self):
         return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -167,3 +199,32 @@ class _Walk:
             if on_gpu is not None:
                 torch.cuda.set_rng_state(on_gpu, self.device)
             yield
+
+
+class _Layer(torch.autograd.Function):
+    """A layer that was run before: its outputs are known, and it runs again as their gradients come back."""
+
+    @staticmethod
+    def forward(ctx, walk, layer, random, outputs, parameter, *inputs):
+        # The parameter is there for the graph alone, as in `recomputed`.
+        ctx.walk, ctx.layer, ctx.random = walk, layer, random
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        found = ctx.walk.through_layer(ctx.layer, ctx.random, ctx.saved_tensors, gradients)
+        return None, None, None, None, None, *found
+
+
+def _backward(made):
+    """The backward pass of tensors with their gradients, where there are such."""
+    made = [(tensor, gradient) for tensor, gradient in made if tensor.requires_grad and gradient is not None]
+    if made:
+        torch.autograd.backward(*zip(*made, strict=True))
+
+
+def _call(layer, *inputs):
+    return layer(*inputs)

@@ -12,6 +12,7 @@ from .losses import accumulate_gradients, summed_loss
 from .modeling import RecurGPT2LMHeadModel
 from .recomputation import recomputed
 from .state import RecurState
+from .walking import RunLayer
 from .windows import Segment
 
 if TYPE_CHECKING:
@@ -55,11 +56,11 @@ class _Block:
     starts: Tensor
     sparse: bool = False
 
-    def read(self, state: RecurState) -> tuple[Tensor, RecurState]:
+    def read(self, state: RecurState, run_layer: RunLayer | None = None) -> tuple[Tensor, RecurState]:
         embedding = self.model.get_input_embeddings()
         before, embedding.sparse = embedding.sparse, self.sparse
         try:
-            return self.model.transformer.read(self.input_ids, self.starts, state)
+            return self.model.transformer.read(self.input_ids, self.starts, state, run_layer)
         finally:
             embedding.sparse = before
 

@@ -6,6 +6,7 @@ B rows, W windows, T tokens a window, D width, H heads, M slots, d = D / H, p = 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from .reading import FreshWindows
 from .recurrence import widen
 
 Teach = Callable[["RecurGPT2Block", Tensor, Tensor, Tensor | None, bool | Tensor], None]
+# Calls its first argument, a layer as a pure function of tensors (or None), with the others -> a tuple of tensors.
+RunLayer = Callable[..., tuple[Tensor, ...]]
 
 if TYPE_CHECKING:
     from .layers import RecurGPT2Block
@@ -40,6 +43,7 @@ class LayerWalk:
         depth: int,
         every_layer: bool,
         teach: Teach | None = None,
+        run_layer: RunLayer | None = None,
     ):
         """
         Args:
@@ -47,8 +51,9 @@ class LayerWalk:
             every_layer: keep the output of each layer, not of the last one alone.
             teach: read with softmax attention in all layers, and show this function what those attend to whose own
                 attention is linear.
+            run_layer: calls each layer in place of us, where all windows are full.
         """
-        self.model, self.stretch, self.teach = model, stretch, teach
+        self.model, self.stretch, self.teach, self.run_layer = model, stretch, teach, run_layer
         self.depth, self.every_layer = depth, every_layer
         self.has_memory = stretch.reads()
         self.memory: dict[str, Tensor] = {}
@@ -58,9 +63,31 @@ class LayerWalk:
         """(B, W, T, D) embeddings -> the output of each layer, or of the last one."""
         outputs = []
         for layer in range(self.depth):
-            hidden = self._layer(layer, hidden)
+            hidden = self._layer(layer, hidden) if self.run_layer is None else self._layer_alone(layer, hidden)
             outputs = self._kept(outputs, hidden)
         return outputs
+
+    def _layer_alone(self, layer, hidden):
+        """`_layer` as a function of its input and of the layer's memory, whose results are all that it leaves."""
+        name, before, alone = str(layer), self.stretch.state.memory, self._alone()
+        own = [name] if name in self.model.recurrence else []
+        own += [f"linear.{name}"] if self.model.h[layer].state_decay is not None else []
+
+        def run(hidden, *memory):
+            walk = alone._alone()
+            given = {name: each for name, each in zip(own, memory, strict=True) if each is not None}
+            walk.stretch = alone.stretch.with_memory(given)
+            return walk._layer(layer, hidden), *(walk.memory[name] for name in own)
+
+        hidden, *after = self.run_layer(run, hidden, *map(before.get, own))
+        self.memory |= zip(own, after, strict=True)
+        return hidden
+
+    def _alone(self):
+        """A walk of its own: whoever keeps a layer's function must not keep what this walk leaves."""
+        walk = copy(self)
+        walk.memory, walk.window = {}, {}
+        return walk
 
     def _kept(self, outputs, hidden):
         return [*outputs, hidden] if self.every_layer else [hidden]
@@ -163,6 +190,10 @@ class LayerWalk:
         return recurrence.read(raw)
 
 
+def _call(layer, *inputs):
+    return layer(*inputs)
+
+
 class PooledWalk(LayerWalk):
     """Memory is pooled from `pool_layers` (Yoshida et al. 2020).
 
@@ -205,14 +236,20 @@ class PooledWalk(LayerWalk):
     def _span(self, layers, hidden, windows, memory):
         """Some layers over some windows. memory: (B, W', p, D) raw memory that these windows read, or None."""
         outputs, has_memory = [], self.stretch.reads(windows)
+        run_layer, walk = (_call, self) if self.run_layer is None else (self.run_layer, self._alone())
         for layer in layers:
-            hidden = self._pooled_layer(layer, hidden, windows, has_memory, memory)
+            (hidden,) = run_layer(partial(walk._pooled_layer, layer, windows, has_memory), hidden, memory)
             outputs = self._kept(outputs, hidden)
             if layer in self.sums:
                 self.sums[layer].append(self._sum(hidden, windows))
         return outputs
 
-    def _pooled_layer(self, layer, hidden, windows, has_memory, memory):
+    def _alone(self):
+        walk = super()._alone()
+        walk.sums, walk.cache = {}, {}
+        return walk
+
+    def _pooled_layer(self, layer, windows, has_memory, hidden, memory):
         name, block = str(layer), self.model.h[layer]
         if layer not in self.model.config.insert_layers or memory is None or has_memory is False:
             reads = None
@@ -229,7 +266,7 @@ class PooledWalk(LayerWalk):
             slots = 0 if reads is None else reads[0].shape[3]
             places = NearWindows(block, self.stretch, name, key, value, reads, has_memory, windows, slots=slots)
             attended = places.attend(query)
-            if any(self.stretch.filled):
+            if any(self.stretch.filled):  # they would have to be made
                 self._cache(f"linear.{name}", places.sums())
                 self._cache(f"tail.{name}", places.tails())
         else:
@@ -237,10 +274,11 @@ class PooledWalk(LayerWalk):
             start = linear_start(block, self.stretch, name, key, value, reads, has_memory)
             attended, state = self.stretch.attend_linearly(query, key, value, start, block.feature_map.floor, windows)
             self._cache(f"linear.{name}", packed(state))
-        return block.finish(hidden, attended)
+        return (block.finish(hidden, attended),)
 
     def _cache(self, name, *tensors):
-        self.cache.setdefault(name, []).append(tensors)
+        if any(self.stretch.filled):
+            self.cache.setdefault(name, []).append(tensors)
 
     def _sum(self, hidden, windows):
         """(B, W', T, D) -> (B, W', D) float32 over the places that hold tokens, earlier calls' tokens included."""
