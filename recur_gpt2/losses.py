@@ -13,7 +13,10 @@ IGNORE = -100
 CPU_ROWS = 256
 LOGITS = 2**26
 CPU_LOGITS = 2**23  # at most: rows of GPT-2's own vocabulary are long
-VOCABULARY_ROWS = 8192  # of the head, whose gradient a chunk adds to: a whole one beside the sum would be as large
+# Rows of the head that are multiplied at a time: a whole one in 16 bit, or of its gradients beside their sum, would be
+# as large as the weights.
+VOCABULARY_ROWS = 4096
+CASTS = 2  # chunks that cast these rows each for itself; for more the head is cast once, and kept meanwhile
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -30,11 +33,9 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     flat, target = hidden.flatten(0, -2), targets.flatten()
     losses = torch.zeros(len(flat), device=hidden.device)
     with torch.no_grad():
-        head = weight.T.to(flat.dtype)
-        for rows in _chunks(flat, weight):
-            losses[rows] = torch.nn.functional.cross_entropy(
-                (flat[rows] @ head).float(), target[rows], ignore_index=IGNORE, reduction="none"
-            )
+        chunks, weight = _chunks(flat, weight)
+        for rows in chunks:
+            losses[rows] = _exponentials(flat[rows], weight, target[rows], _wide(flat.dtype))[0].float()
     return losses.view(targets.shape)
 
 
@@ -85,10 +86,11 @@ def _dtype(hidden):
 
 
 def _chunks(hidden, weight):
-    """Slices of the rows of `hidden` (N, D)."""
+    """Slices of the rows of `hidden` (N, D), and the head (V, D) for them, cast if that pays."""
     on_cpu = hidden.device.type == "cpu"
     step = cpu_chunk_rows(len(weight)) if on_cpu else max(CPU_ROWS, LOGITS // len(weight))
-    return [slice(start, min(start + step, len(hidden))) for start in range(0, len(hidden), step)]
+    chunks = [slice(start, min(start + step, len(hidden))) for start in range(0, len(hidden), step)]
+    return chunks, weight.to(hidden.dtype) if len(chunks) > CASTS else weight
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -122,37 +124,58 @@ def _loss_and_gradients(hidden, weight, targets, dtype, wanted, scale=1.0, into=
 
     The gradients are multiplied by `scale`; that of the weight is added to `into` (V, D), if given.
     """
-    low, head, wide = hidden.to(dtype), weight.to(dtype), torch.promote_types(dtype, torch.float32)
-    grad_hidden = torch.empty_like(low) if wanted[0] else None
+    low, wide = hidden.to(dtype), _wide(dtype)
+    grad_hidden = torch.zeros_like(low, dtype=wide) if wanted[0] else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] and into is None else into
     total = low.new_zeros((), dtype=wide)
-    scored = (targets != IGNORE)[:, None]
-    for rows in _chunks(low, head):
-        loss, gradient = _chunk(low[rows], head, targets[rows], wide, any(wanted[:2]))
-        total += loss
-        # Rows that are not scored are left out here, where they have D numbers and not V.
-        if wanted[0]:
-            torch.mm(gradient, head, out=grad_hidden[rows]).mul_(scored[rows] * scale)
-        if wanted[1]:
-            _add_products(grad_weight, gradient, low[rows] * scored[rows], scale)
-        del gradient  # as large as the logits: gone before the next one is made
+    factor = (targets != IGNORE) * torch.as_tensor(scale, dtype=wide)
+    chunks, head = _chunks(low, weight)
+    for rows in chunks:
+        nats, gradient, sums = _exponentials(low[rows], head, targets[rows], wide)
+        total += nats.sum()
+        if any(wanted[:2]):  # softmax - onehot, times the factor
+            gradient *= (factor[rows] / sums)[:, None]
+            gradient[range(len(gradient)), targets[rows].clamp_min(0)] -= factor[rows]
+            _add_products(gradient, low[rows], head, grad_hidden[rows] if wanted[0] else None, grad_weight)
+        del gradient  # the largest tensor: gone before the next one is made
     return total, (grad_hidden, grad_weight)
 
 
-def _add_products(total, gradient, hidden, scale):
-    """total (V, D) += scale * gradient (n, V)^T hidden (n, D), some rows at a time."""
-    for part, rows in zip(gradient.split(VOCABULARY_ROWS, dim=1), total.split(VOCABULARY_ROWS), strict=True):
-        rows += (part.T @ hidden).to(total.dtype).mul_(scale)
+def _add_products(gradient, hidden, weight, grad_hidden, grad_weight):
+    """Gradients of hidden states (n, D) and weight (V, D), where there are such, += those of logits (n, V)."""
+    for number, part in enumerate(gradient.split(VOCABULARY_ROWS, dim=1)):
+        rows, low = slice(number * VOCABULARY_ROWS, (number + 1) * VOCABULARY_ROWS), part.to(hidden.dtype)
+        if grad_hidden is not None:
+            _add_product(grad_hidden, low, weight[rows].to(hidden.dtype))
+        if grad_weight is not None:
+            _add_product(grad_weight[rows], low.T, hidden)
 
 
-def _chunk(hidden, head, targets, wide, wanted):
-    """The loss of some rows, and its gradient by their logits (n, V) as if each were scored, None if not `wanted`.
+def _add_product(total, left, right):
+    """total += left @ right, which are in `total`'s type or a lower one."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
-    A function, so that one chunk's logits are gone before the next one's are made.
+
+def _exponentials(hidden, weight, targets, wide):
+    """(n, D), (V, D), (n,) -> nats (n,), zero where not scored; and what softmax divides by its sums: (n, V), (n,).
+
+    In the type `wide`, in one tensor throughout, made some rows of `weight` at a time.
     """
-    target = targets.clamp_min(0)[:, None]
-    softmax = (hidden @ head.T).softmax(dim=-1, dtype=wide)
-    picked = softmax.gather(1, target)
-    nats = -picked.clamp_min(torch.finfo(wide).tiny).log().squeeze(1)
-    gradient = softmax.scatter_(1, target, picked - 1).to(hidden.dtype) if wanted else None
-    return (nats * (targets != IGNORE)).sum(), gradient
+    logits = hidden.new_empty(len(hidden), len(weight), dtype=wide)
+    for part, rows in zip(logits.split(VOCABULARY_ROWS, dim=1), weight.split(VOCABULARY_ROWS), strict=True):
+        if hidden.dtype == wide:
+            torch.mm(hidden, rows.to(wide).T, out=part)
+        else:
+            part.copy_(hidden @ rows.to(hidden.dtype).T)
+    logits -= logits.amax(dim=1, keepdim=True)
+    picked = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
+    sums = logits.exp_().sum(dim=1)
+    return (sums.log() - picked) * (targets != IGNORE), logits, sums
+
+
+def _wide(dtype):
+    """What softmax and sums are in: never 16 bit."""
+    return torch.promote_types(dtype, torch.float32)

@@ -23,7 +23,7 @@ from .errors import InputError
 from .initialization import SAMPLED_TOKENS
 from .layers import TOKENS_AT_ONCE
 from .linear_attention import CHUNK
-from .losses import cpu_chunk_rows
+from .losses import CASTS, VOCABULARY_ROWS, cpu_chunk_rows
 from .modeling import RecurGPT2LMHeadModel
 from .recomputation import KEPT
 
@@ -122,14 +122,13 @@ def _parameters(fields):
 def _training(config, work):
     weights = FLOAT * parameter_count(config)
     head = FLOAT * config.vocab_size * config.n_embd
-    tokens = work.lanes * config.window * (1 if work.checkpointing else work.windows)
+    if work.checkpointing:
+        return _recomputed(config, work, weights)
+    tokens = work.lanes * config.window * work.windows
     saved = tokens * sum(_saved(config, layer, work.width) for layer in range(config.n_layer))
-    state = _state(config, work) * (min(KEPT, work.windows) + 2 if work.checkpointing else work.windows)
+    state = _state(config, work) * work.windows
     logits = _loss(config, work, tokens, with_gradients=True)
     casts = _casts(config, work)
-    if work.checkpointing:  # all gradients stand throughout; and one layer's activations have theirs beside them
-        saved += tokens * max(_returning(config, layer, work.width) for layer in range(config.n_layer))
-        return _with_heap("recomputed", weights, weights, 2 * weights, casts, saved, state, logits)
     if work.accumulate > 1:  # gradients of the segments before are there when everything of one is saved
         return _with_heap("accumulated", weights, weights, 2 * weights, casts, saved, state, logits)
     # Either the loss, when everything is saved and of the gradients the head's alone is there; or the end of the
@@ -137,6 +136,19 @@ def _training(config, work):
     at_loss = _with_heap("train", weights, head, 2 * weights, casts, saved, state, logits)
     at_end = _with_heap("train", weights, weights, 2 * weights, 0, head, state, tokens * config.n_embd * FLOAT)
     return max(at_loss, at_end, key=lambda use: use.total)
+
+
+def _recomputed(config, work, weights):
+    """All gradients stand throughout, and the outputs of layers that were noted (recomputation.py). Beside them either
+    the loss of a window, or one layer's activations, with their gradients and its weights in 16 bit."""
+    tokens, layers = work.lanes * config.window, range(config.n_layer)
+    kept = min(KEPT, work.windows)
+    noted = kept + min(KEPT, -(-work.windows // KEPT) - 1)
+    state = _state(config, work) * 2 * noted + tokens * config.n_layer * config.n_embd * FLOAT * noted
+    layer = tokens * max(_saved(config, each, work.width) + _returning(config, each, work.width) for each in layers)
+    logits, casts = _loss(config, work, tokens, with_gradients=True), _casts(config, work) // config.n_layer
+    activations, logits, casts = (layer, 0, casts) if layer + casts > logits else (0, logits, 0)
+    return _with_heap("recomputed", weights, weights, 2 * weights, casts, activations, state, logits)
 
 
 def _reading(config, work):
@@ -164,11 +176,10 @@ def _with_heap(kind, weights, gradients, optimizer, casts, activations, state, l
 
 
 def _casts(config, work):
-    """Weights of all matrix products in 16 bit: autocast keeps them as long as a graph does."""
+    """Weights of all layers' matrix products in 16 bit: autocast keeps them as long as a graph does."""
     if work.precision != "bfloat16":
         return 0
-    layers = config.n_layer * config.n_embd * (4 * config.n_embd + 2 * config.inner_width)
-    return LOW * (layers + (config.vocab_size * config.n_embd if work.task in ("train", "score") else 0))
+    return LOW * config.n_layer * config.n_embd * (4 * config.n_embd + 2 * config.inner_width)
 
 
 def _state(config, work):
@@ -191,11 +202,15 @@ def _places(config, layer, work):
 
 
 def _loss(config, work, tokens, *, with_gradients):
-    """The chunk of logits at hand, and the hidden states with their gradient."""
+    """The chunk of logits at hand, what part of the head is in 16 bit, and the hidden states with their gradient."""
     rows = min(cpu_chunk_rows(config.vocab_size), tokens)
-    wide = 2 * FLOAT + (LOW if with_gradients and work.width == LOW else 0)  # logits, softmax; the logits in 16 bit
-    hidden = FLOAT + (2 * work.width + FLOAT if with_gradients else work.width)
-    return rows * config.vocab_size * wide + tokens * config.n_embd * hidden
+    hidden = FLOAT + (work.width + 2 * FLOAT if with_gradients else work.width)
+    head = 0
+    if work.width == LOW:
+        parts = min(config.vocab_size, VOCABULARY_ROWS)
+        head = LOW * config.n_embd * (config.vocab_size if tokens > CASTS * rows else parts)
+        head += 2 * LOW * parts * (config.n_embd if with_gradients else rows)
+    return rows * config.vocab_size * FLOAT + head + tokens * config.n_embd * hidden
 
 
 def _passing(config, layer, width, tokens):

@@ -22,7 +22,9 @@ from torch.autograd.function import once_differentiable
 from .state import RecurState
 from .walking import RunLayer
 
-KEPT = 8  # states of a segment that are kept; those between them are made once more, by reading on from one
+# States of a segment that are kept, those between them being made once more by reading on from one; and blocks that are
+# noted in the forward pass, and once more in each such stretch.
+KEPT = 8
 
 
 class Block(Protocol):
@@ -84,7 +86,7 @@ class _Walk:
         self.device = parameters[0].device
         self.spacing = -(-len(blocks) // KEPT)
         self.kept: list[tuple[RecurState, tuple]] = []  # every `spacing` blocks, state and random state before them
-        self.noted: list[tuple] = []  # the last block of each of those stretches, as `_note` gives it
+        self.noted: list[tuple] = []  # the last block of each of those stretches, as `_read` gives it
         kind = self.device.type
         # Without autocast's cache: it would hold all weights in 16 bit, and a layer needs its own once.
         self.autocast = {
@@ -101,11 +103,9 @@ class _Walk:
             for number, block in enumerate(self.blocks):
                 if number % self.spacing == 0:
                     self.kept.append((state, self._random()))
-                if number % self.spacing == self.spacing - 1 or number == last:
-                    noted, hidden, state = self._note(block, state)
-                    self.noted.append(noted)
-                else:
-                    hidden, state = block.read(state, _call)
+                ends_stretch = number % self.spacing == self.spacing - 1 or number == last
+                noted, hidden, state = self._read(block, state, note=ends_stretch)
+                self.noted += [noted] * ends_stretch
                 total = total + block.loss(hidden)
         self.after, self.names = replace(state, memory={}), list(state.memory)
         return total, *state.memory.values()
@@ -140,14 +140,15 @@ class _Walk:
             if id(parameter) not in reached and not parameter.grad.any():
                 parameter.grad = None
 
-    def _note(self, block, state):
-        """Read one block without a graph -> (block, state and random state before it, notes); hidden states, state."""
-        notes = deque()
+    def _read(self, block, state, *, note):
+        """A block without a graph -> (block, state and random state before it, notes or None); hidden states, state."""
+        notes = deque() if note else None
 
         def run_layer(layer, *inputs):
-            random = self._random()
+            random = self._random() if note else None
             outputs = layer(*inputs)
-            notes.append((random, outputs))
+            if note:
+                notes.append((random, outputs))
             return outputs
 
         random = self._random()
@@ -155,18 +156,22 @@ class _Walk:
         return (block, state, random, notes), hidden, after
 
     def _stretch(self):
-        """The blocks from the last kept state on, noted."""
+        """The blocks from the last kept state on, as `_read` gives them; the last KEPT and one are noted."""
         state, random = self.kept.pop()
         first, stretch = len(self.kept) * self.spacing, []
+        blocks = self.blocks[first : first + self.spacing][:-1]
         with self._as_forward(random), torch.no_grad():
-            for block in self.blocks[first : first + self.spacing][:-1]:
-                noted, _, state = self._note(block, state)
+            for number, block in enumerate(blocks):
+                noted, _, state = self._read(block, state, note=number >= len(blocks) - KEPT)
                 stretch.append(noted)
         return [*stretch, self.noted.pop()]
 
     def _through(self, block, state, random, notes, grad_total, grad_memory):
         """Back through one block -> gradients of the memory before it, by name."""
         given = {name: tensor.detach().requires_grad_() for name, tensor in state.memory.items()}
+        if notes is None:
+            with self._as_forward(random), torch.no_grad():
+                *_, notes = self._read(block, state, note=True)[0]
 
         def run_layer(layer, *inputs):
             return _Layer.apply(self, layer, *notes.popleft(), self.parameters[0], *inputs)
@@ -224,7 +229,3 @@ def _backward(made):
     made = [(tensor, gradient) for tensor, gradient in made if tensor.requires_grad and gradient is not None]
     if made:
         torch.autograd.backward(*zip(*made, strict=True))
-
-
-def _call(layer, *inputs):
-    return layer(*inputs)
