@@ -144,7 +144,7 @@ def _products(query, key, value, slots, some, scale, dropout):
     some_rows = []
     for *tensors, unread_slots in parts:
         kernel = partial(_some_products, unread=unread_slots, scale=scale, dropout=dropout)
-        some_rows.append(_in_steps(kernel, *tensors, future, QUERIES_IN_PRODUCTS))
+        some_rows.append(_in_steps(kernel, *tensors, future, max(QUERIES_IN_PRODUCTS, -(-length // 4))))
     return torch.cat(some_rows)
 
 
