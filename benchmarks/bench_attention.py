@@ -39,7 +39,7 @@ def kernels(memory, slots, length, gradient):
         "sdpa, mask": with_memory(sdpa, future, length),
         "sdpa, in steps": with_memory(sdpa, future, step),
         "products": with_memory(products, future, length),
-        "products, in steps": with_memory(products, future, attention.QUERIES_IN_PRODUCTS),
+        "products, in steps": with_memory(products, future, attention.queries_in_products(length)),
     }
 
 

@@ -61,6 +61,12 @@ def window_attention(
     return _in_steps(partial(sdpa, **options), query, key, value, mask, step)
 
 
+def queries_in_products(length: int) -> int:
+    """Queries of a window of `length` that products take at a time on a CPU. With them the number of keys grows, and
+    oneDNN keeps a quarter of a megabyte of code for each: so at most four numbers of keys."""
+    return min(length, max(QUERIES_IN_PRODUCTS, -(-length // 4)))
+
+
 def resumed_attention(
     query: Tensor,
     key: Tensor,
@@ -144,7 +150,7 @@ def _products(query, key, value, slots, some, scale, dropout):
     some_rows = []
     for *tensors, unread_slots in parts:
         kernel = partial(_some_products, unread=unread_slots, scale=scale, dropout=dropout)
-        some_rows.append(_in_steps(kernel, *tensors, future, max(QUERIES_IN_PRODUCTS, -(-length // 4))))
+        some_rows.append(_in_steps(kernel, *tensors, future, queries_in_products(length)))
     return torch.cat(some_rows)
 
 

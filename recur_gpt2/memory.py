@@ -17,7 +17,7 @@ import torch
 
 from . import near_attention
 from .accounting import head_features
-from .attention import LONGEST_PRODUCTS, QUERIES_IN_PRODUCTS
+from .attention import LONGEST_PRODUCTS, queries_in_products
 from .configuration import RecurGPT2Config
 from .errors import InputError
 from .initialization import SAMPLED_TOKENS
@@ -31,10 +31,11 @@ TASKS = ("train", "score", "embed", "generate")
 FLOAT, LOW = 4, 2
 # Beside the tensors: buffers of the matrix libraries, and small objects.
 LIBRARIES = {"train": 40 * 2**20, "score": 30 * 2**20, "embed": 75 * 2**20, "generate": 30 * 2**20}
-LIBRARIES |= {"accumulated": 40 * 2**20, "recomputed": 35 * 2**20}
+LIBRARIES |= {"accumulated": 40 * 2**20, "recomputed": 25 * 2**20}
+KERNELS = 15 * 2**20  # recomputed: code for the shapes that products have with memory; elsewhere it is within the rest
 # glibc's heap over what lives in it. Tensors are aligned, so that the hole left by one does not fit its like: what is
-# made and freed tears it. Recomputed blocks are small and alike.
-HEAP = {"train": 1.32, "accumulated": 1.55, "recomputed": 1.2, "score": 1.8, "embed": 1.8, "generate": 1.25}
+# made and freed tears it.
+HEAP = {"train": 1.32, "accumulated": 1.55, "recomputed": 1.5, "score": 1.8, "embed": 1.8, "generate": 1.25}
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def _recomputed(config, work, weights):
     layer = tokens * max(_saved(config, each, work.width) + _returning(config, each, work.width) for each in layers)
     logits, casts = _loss(config, work, tokens, with_gradients=True), _casts(config, work) // config.n_layer
     activations, logits, casts = (layer, 0, casts) if layer + casts > logits else (0, logits, 0)
-    return _with_heap("recomputed", weights, weights, 2 * weights, casts, activations, state, logits)
+    kernels = KERNELS if config.insert_layers else 0
+    return _with_heap("recomputed", weights, weights, 2 * weights, casts, activations, state, logits, kernels)
 
 
 def _reading(config, work):
@@ -167,11 +169,11 @@ def _reading(config, work):
     return _with_heap(work.task, weights, 0, 0, casts, activations, state, logits)
 
 
-def _with_heap(kind, weights, gradients, optimizer, casts, activations, state, logits):
+def _with_heap(kind, weights, gradients, optimizer, casts, activations, state, logits, kernels=0):
     passing = activations + state + logits
     passing += casts if optimizer else 0  # elsewhere made once
     passing += gradients if kind != "recomputed" else 0  # there they are made at once
-    heap = round(LIBRARIES[kind] + (HEAP[kind] - 1) * passing)
+    heap = round(LIBRARIES[kind] + kernels + (HEAP[kind] - 1) * passing)
     return MemoryUse(weights, gradients, optimizer, casts, round(activations), round(state), round(logits), heap)
 
 
@@ -236,7 +238,7 @@ def _attention(config, layer, width):
 
 def _returning(config, layer, width):
     """Bytes a token of the gradients of a layer at hand: both sides of the activation, residuals, attention weights."""
-    inner, window, step = config.inner_width, config.window, min(QUERIES_IN_PRODUCTS, config.window)
+    inner, window, step = config.inner_width, config.window, queries_in_products(config.window)
     weights = 0
     if width == LOW and layer not in config.linear_layers:
         weights = 2 * width * config.n_head * (config.memory_slots + (window + step) / 2)
@@ -249,7 +251,7 @@ def _softmax(config, layer, width):
     slots = config.memory_slots if layer in config.insert_layers else 0
     along = (slots + window) / window
     if width == LOW and window <= LONGEST_PRODUCTS:
-        step = min(QUERIES_IN_PRODUCTS, window)
+        step = queries_in_products(window)
         return width * (wide + 2 * wide * along + config.n_head * (slots + (window + step) / 2))
     return width * (3 * wide + (wide + 2 * wide * along if slots else 0))
 
