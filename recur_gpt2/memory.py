@@ -25,7 +25,7 @@ from .layers import TOKENS_AT_ONCE
 from .linear_attention import CHUNK
 from .losses import CASTS, VOCABULARY_ROWS, cpu_chunk_rows
 from .modeling import RecurGPT2LMHeadModel
-from .recomputation import KEPT
+from .recomputation import KEPT, NOTED
 
 TASKS = ("train", "score", "embed", "generate")
 FLOAT, LOW = 4, 2
@@ -143,9 +143,9 @@ def _recomputed(config, work, weights):
     """All gradients stand throughout, and the outputs of layers that were noted (recomputation.py). Beside them either
     the loss of a window, or one layer's activations, with their gradients and its weights in 16 bit."""
     tokens, layers = work.lanes * config.window, range(config.n_layer)
-    kept = min(KEPT, work.windows)
-    noted = kept + min(KEPT, -(-work.windows // KEPT) - 1)
-    state = _state(config, work) * 2 * noted + tokens * config.n_layer * config.n_embd * FLOAT * noted
+    noted = min(NOTED, work.windows)
+    state = _state(config, work) * (min(KEPT, work.windows) + 2 + noted)
+    state += tokens * config.n_layer * config.n_embd * FLOAT * noted
     layer = tokens * max(_saved(config, each, work.width) + _returning(config, each, work.width) for each in layers)
     logits, casts = _loss(config, work, tokens, with_gradients=True), _casts(config, work) // config.n_layer
     activations, logits, casts = (layer, 0, casts) if layer + casts > logits else (0, logits, 0)

@@ -1,10 +1,9 @@
-"""Backpropagation through a segment that keeps a few states, and layers' outputs, and computes everything else again.
+"""Backpropagation through a segment that keeps a few states and computes everything else again.
 
-torch.utils.checkpoint keeps every state, and for each block a graph of placeholders of a quarter of a megabyte; it
-makes the gradients of the loss's head twice; and checkpoints of layers inside those of blocks would compute everything
-three times. Here a block runs without a graph first, which notes what its layers gave. In the backward pass its layers
-take that from the notes, and run once more, one at a time, as their gradients come back: so that one layer of one block
-is saved at a time. Not for what a block computes: that is the caller's.
+torch.utils.checkpoint keeps every state, and for each block a graph of placeholders of a quarter of a megabyte; and it
+makes the gradients of the loss's head twice. Here a block runs without a graph first. Before its turn in the backward
+pass, what its layers give is noted; they take that from the notes, and run once more, one at a time, as their gradients
+come back: so that one layer of one block is saved at a time. Not for what a block computes: that is the caller's.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -22,16 +22,17 @@ from torch.autograd.function import once_differentiable
 from .state import RecurState
 from .walking import RunLayer
 
-# States of a segment that are kept, those between them being made once more by reading on from one; and blocks that are
-# noted in the forward pass, and once more in each such stretch.
-KEPT = 8
+KEPT = 8  # states of a segment that are kept; those between them are made once more, by reading on from one
+# Blocks that are noted at a time: the last of a forward pass. Each other one is read once more before its turn, since
+# notes of all would grow with their number.
+NOTED = 2
 
 
 class Block(Protocol):
     """Some windows: two pure functions of what they are given, of the parameters and of random numbers."""
 
-    def read(self, state: RecurState, run_layer: RunLayer) -> tuple[Tensor, RecurState]:
-        """The state before -> hidden states, and the state after. Its layers are called through `run_layer`."""
+    def read(self, state: RecurState, run_layer: RunLayer | None = None) -> tuple[Tensor, RecurState]:
+        """The state before -> hidden states, and the state after. Layers are called through `run_layer`, if given."""
 
     def loss(self, hidden: Tensor) -> Tensor:
         """Hidden states -> ()."""
@@ -86,7 +87,7 @@ class _Walk:
         self.device = parameters[0].device
         self.spacing = -(-len(blocks) // KEPT)
         self.kept: list[tuple[RecurState, tuple]] = []  # every `spacing` blocks, state and random state before them
-        self.noted: list[tuple] = []  # the last block of each of those stretches, as `_read` gives it
+        self.notes: dict[int, deque] = {}  # of some blocks, by their numbers: for each layer (random state, outputs)
         kind = self.device.type
         # Without autocast's cache: it would hold all weights in 16 bit, and a layer needs its own once.
         self.autocast = {
@@ -98,14 +99,12 @@ class _Walk:
 
     def forward(self, state):
         """Without a graph -> the summed loss and the last state's memory, one tensor a name."""
-        total, last = 0.0, len(self.blocks) - 1
+        total = 0.0
         with torch.autocast(**self.autocast):
             for number, block in enumerate(self.blocks):
                 if number % self.spacing == 0:
                     self.kept.append((state, self._random()))
-                ends_stretch = number % self.spacing == self.spacing - 1 or number == last
-                noted, hidden, state = self._read(block, state, note=ends_stretch)
-                self.noted += [noted] * ends_stretch
+                hidden, state = self._read(number, state, note=number >= len(self.blocks) - NOTED)
                 total = total + block.loss(hidden)
         self.after, self.names = replace(state, memory={}), list(state.memory)
         return total, *state.memory.values()
@@ -140,38 +139,39 @@ class _Walk:
             if id(parameter) not in reached and not parameter.grad.any():
                 parameter.grad = None
 
-    def _read(self, block, state, *, note):
-        """A block without a graph -> (block, state and random state before it, notes or None); hidden states, state."""
-        notes = deque() if note else None
+    def _read(self, number, state, *, note):
+        """A block without a graph -> hidden states, and the state after."""
+        if not note:
+            return self.blocks[number].read(state)
+        notes = self.notes[number] = deque()
 
         def run_layer(layer, *inputs):
-            random = self._random() if note else None
+            random = self._random()
             outputs = layer(*inputs)
-            if note:
-                notes.append((random, outputs))
+            notes.append((random, outputs))
             return outputs
 
-        random = self._random()
-        hidden, after = block.read(state, run_layer)
-        return (block, state, random, notes), hidden, after
+        return self.blocks[number].read(state, run_layer)
 
     def _stretch(self):
-        """The blocks from the last kept state on, as `_read` gives them; the last KEPT and one are noted."""
+        """The blocks from the last kept state on: number, state and random state before each."""
         state, random = self.kept.pop()
-        first, stretch = len(self.kept) * self.spacing, []
-        blocks = self.blocks[first : first + self.spacing][:-1]
+        first = len(self.kept) * self.spacing
+        numbers = range(first, min(first + self.spacing, len(self.blocks)))
+        stretch = [(first, state, random)]
         with self._as_forward(random), torch.no_grad():
-            for number, block in enumerate(blocks):
-                noted, _, state = self._read(block, state, note=number >= len(blocks) - KEPT)
-                stretch.append(noted)
-        return [*stretch, self.noted.pop()]
+            for before, number in pairwise(numbers):
+                _, state = self._read(before, state, note=number == numbers[-1] and before not in self.notes)
+                stretch.append((number, state, self._random()))
+        return stretch
 
-    def _through(self, block, state, random, notes, grad_total, grad_memory):
+    def _through(self, number, state, random, grad_total, grad_memory):
         """Back through one block -> gradients of the memory before it, by name."""
         given = {name: tensor.detach().requires_grad_() for name, tensor in state.memory.items()}
-        if notes is None:
+        if number not in self.notes:
             with self._as_forward(random), torch.no_grad():
-                *_, notes = self._read(block, state, note=True)[0]
+                self._read(number, state, note=True)
+        block, notes = self.blocks[number], self.notes.pop(number)
 
         def run_layer(layer, *inputs):
             return _Layer.apply(self, layer, *notes.popleft(), self.parameters[0], *inputs)

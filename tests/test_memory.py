@@ -121,9 +121,9 @@ def test_memory_grows_with_lanes_and_windows_and_shrinks_with_recomputation(task
 
 
 def test_a_document_of_any_length_takes_the_same():
-    """Recomputation keeps a few states and layers' outputs of a segment, however long it is."""
+    """Recomputation keeps a few states of a segment, however long it is."""
     config = RecurGPT2Config(**MINI)
-    assert memory_use(config, Workload("train", 2, 128, True)) == memory_use(config, Workload("train", 2, 512, True))
+    assert memory_use(config, Workload("train", 2, 64, True)) == memory_use(config, Workload("train", 2, 512, True))
 
 
 @pytest.mark.parametrize("wrong", [{"task": "dream"}, {"lanes": 0}, {"windows": 0}], ids=str)

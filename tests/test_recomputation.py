@@ -157,8 +157,8 @@ def bytes_kept(model, windows):
 def test_a_segment_keeps_a_few_states_however_long_it_is():
     model = tiny_model()
     state = run(model, 2)[1]
-    one, few, many = (bytes_kept(model, windows) for windows in (1, 16, 64))
-    assert few - one > 6 * state.nbytes
+    two, few, many = (bytes_kept(model, windows) for windows in (2, 8, 64))
+    assert few - two > 5 * state.nbytes
     assert many <= few + state.nbytes
 
 
