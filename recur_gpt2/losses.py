@@ -154,7 +154,7 @@ def _add_products(gradient, hidden, weight, grad_hidden, grad_weight):
 def _add_product(total, left, right):
     """total += left @ right, which are in `total`'s type or a lower one."""
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, out=total)  # addmm_ is not counted by torch's FlopCounterMode
     else:
         total += left @ right
 

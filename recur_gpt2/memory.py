@@ -49,7 +49,7 @@ class Workload:
     windows: int = 4
     """K of a segment for train; P, windows of a document read at once, for score and embed."""
     checkpointing: bool = False
-    """train: recompute windows one by one."""
+    """train: recompute windows one by one, and their layers."""
     precision: str = "float32"
     """"float32", or "bfloat16": autocast over float32 weights."""
     accumulate: int = 1

@@ -68,7 +68,8 @@ class TrainingArguments:
     parallel_windows: int | None = None
     """P, windows of a lane computed at once; None: all K, or 1 with checkpointing."""
     checkpointing: bool = False
-    """Recompute each block of windows in the backward pass: memory stays flat in K, for a third more time."""
+    """Recompute each block of windows, layer by layer, in the backward pass: least memory, flat in K, for a third to a
+    half more time."""
     precision: str = "auto"
     """"float32", "bfloat16", or "auto": whichever a short trial finds faster."""
     seed: int = 0

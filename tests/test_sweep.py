@@ -109,7 +109,7 @@ def test_what_cannot_fit_by_the_formulas_is_not_measured(tmp_path, jobs, finetun
 
 
 def test_a_window_that_fits_nowhere_is_not_finetuned(tmp_path, jobs, finetunings):
-    run_sweep(arguments(tmp_path, windows=[64, 1024], budgets=[180 * MIB]))
+    run_sweep(arguments(tmp_path, windows=[64, 1024], budgets=[160 * MIB]))
     assert {row.split("-")[0] for row in (folder.name for folder, _ in finetunings)} == {"w64"}
 
 
@@ -318,7 +318,7 @@ def test_the_flags_have_the_defaults_of_the_arguments(tmp_path):
 
 
 def test_the_settings_that_take_least_are_measured_too_if_any_budget_holds_them(tmp_path, jobs, finetunings):
-    rows = run_sweep(arguments(tmp_path, windows=[64, 256, 1024], budgets=[180 * MIB]))
+    rows = run_sweep(arguments(tmp_path, windows=[64, 256, 1024], budgets=[160 * MIB]))
     least = {row["window"]: row for row in rows if row["method"] == "disjoint" and key(row)[2:] == (None, None)}
     assert least[1024]["status"] == NOT_FITTING
     for window in (64, 256):
