@@ -135,7 +135,7 @@ def _loss_and_gradients(hidden, weight, targets, dtype, wanted, scale=1.0, into=
         total += nats.sum()
         if any(wanted[:2]):  # softmax - onehot, times the factor
             gradient *= (factor[rows] / sums)[:, None]
-            gradient[range(len(gradient)), targets[rows].clamp_min(0)] -= factor[rows]
+            gradient.scatter_add_(1, targets[rows].clamp_min(0)[:, None], -factor[rows, None])
             _add_products(gradient, low[rows], head, grad_hidden[rows] if wanted[0] else None, grad_weight)
         del gradient  # the largest tensor: gone before the next one is made
     return total, (grad_hidden, grad_weight)
