@@ -175,13 +175,14 @@ def run_finetune(args: argparse.Namespace, name: str | None = None) -> None:
     options = {key: value for key, value in options.items() if value is not None}
     given = [key for key, default in T2R_DEFAULTS.items() if getattr(args, key) != default]
     name = name or Path(args.data).stem
-    with Processes(args.device).agreeing():
+    processes = Processes(args.device)
+    with processes.agreeing():
         if args.attention == "t2r":
             options["linear_layers"] = layer_names(args.t2r_layers)
             options |= {key: getattr(args, key) for key in ATTENTION_DEFAULTS}
         elif given:
             raise InputError(f"--{given[0].replace('_', '-')} is for linear attention; add --attention t2r")
-        settle(args, options)
+        settle(args, options, quiet=not processes.is_main)
         experiment = _experiment(args, options, name)
     results = run_experiment(experiment)
     if results is None:

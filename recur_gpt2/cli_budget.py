@@ -106,23 +106,24 @@ def run_sweep_command(args: argparse.Namespace) -> None:
     print(verdicts(run_sweep(SweepArguments(**given, budgets=budgets))))
 
 
-def settle(args: argparse.Namespace, options: dict) -> None:
+def settle(args: argparse.Namespace, options: dict, *, quiet: bool = False) -> None:
     """Fill in what was not given of the settings that take memory: the defaults, or what a budget allows.
 
     Args:
         options: fields of RecurGPT2Config for the model.
+        quiet: do not print what a budget led to; another process does.
 
     Raises:
         InputError: a budget and settings that it is to choose were given, or nothing fits.
     """
     if args.memory_budget is not None:
-        _fit(args, options)
+        _fit(args, options, quiet)
     for name, value in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
-def _fit(args, options):
+def _fit(args, options, quiet):
     from .recommendation import parse_bytes, recommend, settings_line
 
     given = [name for name in OF_A_STEP if getattr(args, name) is not None]
@@ -141,4 +142,5 @@ def _fit(args, options):
     args.window, args.accumulate = found.config.window, found.workload.accumulate
     args.lanes, args.bptt = found.workload.lanes, found.workload.windows
     args.checkpointing, args.precision = found.workload.checkpointing, found.workload.precision
-    print(settings_line(found))
+    if not quiet:
+        print(settings_line(found))

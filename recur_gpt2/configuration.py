@@ -186,3 +186,10 @@ class RecurGPT2Config(GPT2Config):
 
 
 OWN_FIELDS = [name for name in RecurGPT2Config.__annotations__ if name != "model_type"]
+
+
+def with_window(config: GPT2Config, window: int, **options) -> RecurGPT2Config:
+    """The configuration that a GPT-2's becomes with a window and other fields of RecurGPT2Config."""
+    fields = config.to_dict() | options | {"window": window}
+    fields.pop("model_type")
+    return RecurGPT2Config(**fields)

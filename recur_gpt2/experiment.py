@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from .allocator import release_memory
-from .configuration import RecurGPT2Config
+from .configuration import RecurGPT2Config, with_window
 from .corpora import load_corpus
 from .errors import InputError
 from .evaluation import CONTROLS, PARALLEL_WINDOWS, Evaluation, evaluate, gap_covered_interval
@@ -101,6 +101,7 @@ def run_experiment(args: ExperimentArguments) -> dict | None:
     """
     processes = Processes(args.device)
     with processes.main_first():  # it tokenises for all
+        _check_model(args)
         if processes.is_main:
             _claim(args)
         tokenizer = load_tokenizer(args.model)
@@ -134,11 +135,17 @@ def _alone(task: Callable) -> Callable:
     return run
 
 
-def _load(args):
-    """The model to finetune: a GPT-2 with what the arguments add to it, or one of ours as it is."""
+def _check_model(args):
+    """Refuse options that this model cannot have, before anything that takes long."""
     config = load_config(args.model)
-    if config.model_type != RecurGPT2Config.model_type:
-        return load_any(args.model, args.window, args.recurrence, **args.model_options)
+    if config.model_type == RecurGPT2Config.model_type:
+        _check_ours(args, config)
+    elif config.model_type == "gpt2":
+        with_window(config, args.window, recurrence=args.recurrence, **args.model_options)
+
+
+def _check_ours(args, config):
+    """A model of ours is what it is: options may only repeat it."""
     differing = {key: value for key, value in args.model_options.items() if getattr(config, key) != value}
     if args.recurrence != ExperimentArguments.recurrence and args.recurrence != config.recurrence:
         differing["recurrence"] = args.recurrence
@@ -148,7 +155,11 @@ def _load(args):
             f"{args.model} was made with {key}={getattr(config, key)!r}, not {value!r}; leave that option out, or "
             f"start from a GPT-2"
         )
-    return load_any(args.model, args.window)
+
+
+def _load(args):
+    """The model to finetune: a GPT-2 with what the arguments add to it, or one of ours as it is."""
+    return load_any(args.model, args.window, args.recurrence, **args.model_options)
 
 
 def _load_plain(args):

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from .configuration import OWN_FIELDS, RecurGPT2Config
+from .configuration import OWN_FIELDS, RecurGPT2Config, with_window
 from .errors import InputError
 from .feature_maps import FeatureMap
 from .generation import PARALLEL_WINDOWS, RecurCache, RecurGeneration, kept_places
@@ -72,11 +72,9 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
                 f"{unknown[0]!r} is no field of RecurGPT2Config; it has {', '.join(OWN_FIELDS)} and GPT-2's"
             )
         base = load_gpt2(name_or_path)
-        fields = base.config.to_dict() | options
-        fields |= {"window": window, "recurrence": recurrence, "architectures": [cls.__name__]}
-        fields.pop("model_type")
+        options |= {"recurrence": recurrence, "architectures": [cls.__name__]}
         with init_empty_weights(include_buffers=False):  # the weights are taken over, not copied
-            model = cls(RecurGPT2Config(**fields))
+            model = cls(with_window(base.config, window, **options))
         source = base if hasattr(model, "lm_head") else base.transformer
         missing, unexpected = model.load_state_dict(source.state_dict(), strict=False, assign=True)
         alien = [name for name in missing if not is_new(name)] + unexpected
@@ -353,14 +351,15 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
 
 
 def _make_new_parameters(model, dtype):
-    """Tie the weights again, and make the parameters that are none of GPT-2's."""
+    """Tie the weights again, and make the parameters that are none of GPT-2's: the same ones each time."""
     model.tie_weights()
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.is_meta:
                 made = torch.empty_like(tensor, dtype=dtype, device="cpu")
                 setattr(module, name, nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         for module in model.modules():
             if isinstance(module, NEW_MODULES):
                 module.reset_parameters()

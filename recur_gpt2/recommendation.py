@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from transformers import PretrainedConfig
 
 from .accounting import flops_per_token
-from .configuration import RecurGPT2Config
+from .configuration import RecurGPT2Config, with_window
 from .errors import InputError
 from .generation import PARALLEL_WINDOWS
 from .initialization import load_config
@@ -125,13 +124,6 @@ def _configs(config, windows, recurrence, options):
     most = config.n_positions - (0 if windows or recurrence == "none" else min(ROOM, config.n_positions // 2))
     windows = dict.fromkeys(min(window, most) for window in windows or WINDOWS)
     return [with_window(config, window, recurrence=recurrence, **options) for window in windows]
-
-
-def with_window(config: PretrainedConfig, window: int, **options) -> RecurGPT2Config:
-    """The configuration that a GPT-2's becomes with a window and other fields of RecurGPT2Config."""
-    fields = config.to_dict() | options | {"window": window}
-    fields.pop("model_type")
-    return RecurGPT2Config(**fields)
 
 
 def candidates(

@@ -6,10 +6,11 @@ import json
 import math
 from pathlib import Path
 
+from .configuration import with_window
 from .errors import InputError
 from .initialization import load_config
 from .memory import Workload, memory_use
-from .recommendation import Recommendation, room, with_window
+from .recommendation import Recommendation, room
 from .sweep_models import METHODS
 from .sweep_plots import scored
 

@@ -14,10 +14,11 @@ from subprocess import CalledProcessError
 from transformers import PretrainedConfig
 
 from .accounting import flops_per_token
+from .configuration import with_window
 from .errors import InputError
 from .fresh_measurements import FAILED, OK, OUT_OF_MEMORY, Job, measured
 from .memory import Workload, memory_use
-from .recommendation import SEGMENT, STEP_TOKENS, Recommendation, candidates, default_precision, with_window
+from .recommendation import SEGMENT, STEP_TOKENS, Recommendation, candidates, default_precision
 from .sweep_models import METHODS, SweepModels
 
 NOT_FITTING = "does not fit"

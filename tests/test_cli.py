@@ -205,6 +205,16 @@ def test_bad_values_are_refused_in_one_sentence(options, words, documents, tmp_p
     assert all(word in message for word in words), message
 
 
+def test_a_bad_model_option_is_refused_before_anything_is_tried(documents, tmp_path, capsys, monkeypatch):
+    def trial(*_):
+        raise AssertionError("the precisions were tried")
+
+    monkeypatch.setattr("recur_gpt2.experiment.autocast_dtype", trial)
+    message = refused(finetune(documents, tmp_path / "out", "--precision", "auto", "--last-slots", "99"), capsys)
+    assert "last_slots=99" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_dataset_names_what_is_bundled(tmp_path, capsys):
     message = refused(finetune("no-such-data", tmp_path / "out"), capsys)
     assert all(word in message for word in ("no-such-data", "pg19-sample", "wikitext-103-sample")), message

@@ -239,3 +239,17 @@ def test_a_net_not_trained_yet_does_hardly_any_harm(book, window):
 def test_misspelled_options_are_refused(gpt2_folder):
     with pytest.raises(InputError, match=r"last_slot.*last_slots"):
         RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, window=8, last_slot=4)
+
+
+# ---- new parameters --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"pooled_slots": 2}, {"recurrence": "yoshida2020"}], ids=str)
+def test_a_model_starts_the_same_each_time_and_leaves_the_random_numbers_alone(options, gpt2_folder):
+    torch.manual_seed(1)
+    first = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, window=WINDOW, **options)
+    drawn = torch.rand(3)
+    second = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, window=WINDOW, **options)
+    assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
+    torch.manual_seed(1)
+    assert_close(torch.rand(3), drawn, rtol=0, atol=0)

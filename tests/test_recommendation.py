@@ -1,5 +1,6 @@
 """recommendation.py: what is recommended fits, is the best that does, and runs inside the limit it was made for."""
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from recur_gpt2.cli import main
+from recur_gpt2.cli import add_experiment_arguments, main
+from recur_gpt2.cli_budget import settle
 from recur_gpt2.errors import InputError
 from recur_gpt2.memory import memory_use
 from recur_gpt2.recommendation import candidates, command, parse_bytes, recommend
@@ -104,6 +106,18 @@ def test_a_budget_and_what_it_chooses_contradict_each_other(flags, capsys, tmp_p
     status = main(["finetune", "--memory-budget", "1GiB", "--output-dir", str(tmp_path / "run"), *flags])
     assert status == 2
     assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_budget_fills_in_the_settings_and_one_process_says_which(quiet, capsys):
+    parser = argparse.ArgumentParser()
+    add_experiment_arguments(parser, data="pg19-sample")
+    args = parser.parse_args(["--memory-budget", "400MiB", "--precision", "float32"])
+    settle(args, {}, quiet=quiet)
+    best = recommend(MODEL, 400 * MIB, precision="float32", most_lanes=args.lanes)
+    assert (args.window, args.bptt) == (best.config.window, best.workload.windows)
+    assert (args.lanes, args.accumulate) == (best.workload.lanes, best.workload.accumulate)
+    assert (f"window {args.window}" in capsys.readouterr().out) is not quiet
 
 
 @pytest.mark.slow
