@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from recur_gpt2 import RecurGPT2Config, RecurGPT2LMHeadModel
 from recur_gpt2.accounting import Meter, peak_resident
 from recur_gpt2.allocator import tune_allocator
+from recur_gpt2_start import tuned_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 CHILD = "_measure"  # hidden subcommand: measure one variant, print one JSON object
@@ -101,7 +102,7 @@ def interleave(script: str, variants: dict[str, dict], repeats: int) -> dict[str
 def fresh(script: str, settings: dict) -> dict:
     """Measure in a process of its own."""
     command = [sys.executable, script, CHILD, json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=tuned_environment())
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}

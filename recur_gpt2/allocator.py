@@ -11,7 +11,7 @@ import platform
 import resource
 import sys
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+M_MXFAST, M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = 1, -1, -2, -4  # malloc.h
 MADV_HUGEPAGE = 14  # sys/mman.h
 HUGE_PAGE = 2 * 2**20
 _tuned = False
@@ -23,6 +23,7 @@ def tune_allocator() -> None:
         return
     global _tuned
     libc = ctypes.CDLL(None)
+    libc.mallopt(M_MXFAST, 0)  # what a tensor is cut out of is joined again at once (recur_gpt2_start.py)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # never: the largest number, 2 GB, would cut off the room below
     libc.mallopt(M_TOP_PAD, 2**20 if _is_limited() else 64 * 2**20)

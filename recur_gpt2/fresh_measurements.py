@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from recur_gpt2_start import tuned_environment
+
 from .accounting import peak_resident, process_bytes, reset_peak
 from .allocator import release_memory, tune_allocator
 from .configuration import RecurGPT2Config
@@ -66,7 +68,7 @@ def measured(job: Job) -> dict:
         "failed" as the status.
     """
     command = [sys.executable, "-m", "recur_gpt2.fresh_measurements", json.dumps(asdict(job))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=tuned_environment())
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -145,8 +147,9 @@ def _measure(job: Job) -> dict:
     model = load_any(job.model, job.window, job.recurrence, **job.options).to(job.device)
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    loading = peak_resident()  # evaluation counts its own peak from its beginning on
     speed = {"train": _train, "score": _score, "embed": _embed, "generate": _generate}[job.workload.task](model, job)
-    peak = torch.cuda.max_memory_allocated() if job.device == "cuda" else peak_resident() - base
+    peak = torch.cuda.max_memory_allocated() if job.device == "cuda" else max(loading, peak_resident()) - base
     return {"status": OK, "peak_memory_bytes": peak, "tokens_per_second": speed}
 
 

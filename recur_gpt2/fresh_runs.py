@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from recur_gpt2_start import tuned_environment
+
 from .files import atomic_write_text
 
 
@@ -23,7 +25,7 @@ def finetuned(folder: Path, flags: list[str]) -> dict:
         command = [sys.executable, "-m", "recur_gpt2.cli", "finetune", "--output-dir", str(folder), *flags]
         command += ["--resume"] if (folder / "settings.json").exists() else []
         print("+", shlex.join(command), flush=True)
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, env=tuned_environment())
     return json.loads(results.read_text())
 
 

@@ -20,7 +20,6 @@ from .accounting import head_features
 from .attention import LONGEST_PRODUCTS, queries_in_products
 from .configuration import RecurGPT2Config
 from .errors import InputError
-from .initialization import SAMPLED_TOKENS
 from .layers import TOKENS_AT_ONCE
 from .linear_attention import CHUNK
 from .losses import CASTS, VOCABULARY_ROWS, cpu_chunk_rows
@@ -30,12 +29,12 @@ from .recomputation import KEPT, NOTED
 TASKS = ("train", "score", "embed", "generate")
 FLOAT, LOW = 4, 2
 # Beside the tensors: buffers of the matrix libraries, and small objects.
-LIBRARIES = {"train": 40 * 2**20, "score": 30 * 2**20, "embed": 75 * 2**20, "generate": 30 * 2**20}
-LIBRARIES |= {"accumulated": 40 * 2**20, "recomputed": 25 * 2**20}
+LIBRARIES = {"train": 40 * 2**20, "accumulated": 40 * 2**20, "recomputed": 25 * 2**20, "read": 16 * 2**20}
 KERNELS = 15 * 2**20  # recomputed: code for the shapes that products have with memory; elsewhere it is within the rest
 # glibc's heap over what lives in it. Tensors are aligned, so that the hole left by one does not fit its like: what is
 # made and freed tears it.
-HEAP = {"train": 1.32, "accumulated": 1.55, "recomputed": 1.5, "score": 1.8, "embed": 1.8, "generate": 1.25}
+HEAP = {"train": 1.32, "accumulated": 1.55, "recomputed": 1.5}
+LAYER_HEAP, CARRIED_HEAP = 1.75, 1.5  # without gradients: over the layer at hand; over state, logits, hidden states
 
 
 @dataclass(frozen=True)
@@ -154,24 +153,32 @@ def _recomputed(config, work, weights):
 
 
 def _reading(config, work):
+    """What is passed on to the loss, or the layer at hand, whichever is more; in generating, or then the buffers."""
     weights, tokens = FLOAT * parameter_count(config), work.lanes * config.window * work.windows
-    state = 2 * _state(config, work)
-    logits = _loss(config, work, tokens, with_gradients=False) if work.task == "score" else 0
-    casts, width = _casts(config, work), work.width
-    if work.task == "generate":  # weights in 16 bit, if so; but a GPT-2's slots are made from more tokens, in 32 bit
-        casts, width = 0, FLOAT if config.memory_slots else work.width
-        weights = width * parameter_count(config)
-        state += sum(_places(config, layer, work) for layer in range(config.n_layer))
+    state = (1 if work.task == "embed" else 2) * _state(config, work)
+    casts = _casts(config, work)
+    if work.task == "generate":
+        weights, casts = weights // FLOAT * work.width, 0
+    layer = max(_passing(config, layer, work.width, tokens) for layer in range(config.n_layer))
+    moments = [_without_gradients(weights, casts, activations=layer, state=state)]
+    if work.task == "score":
+        logits = _loss(config, work, tokens, with_gradients=False)
+        moments.append(_without_gradients(weights, casts, state=state, logits=logits))
+    if work.task == "generate":
+        buffers = sum(_places(config, layer, work) for layer in range(config.n_layer))
         logits = 2 * FLOAT * work.lanes * config.vocab_size
-        tokens = max(tokens, SAMPLED_TOKENS) if config.memory_slots else tokens
-    layer = max(_passing(config, layer, width, tokens) for layer in range(config.n_layer))
-    activations, logits = (layer, 0) if layer > logits else (0, logits)  # one after the other
-    return _with_heap(work.task, weights, 0, 0, casts, activations, state, logits)
+        moments.append(_without_gradients(weights, casts, state=state, logits=logits, buffers=buffers))
+    return max(moments, key=lambda use: use.total)
+
+
+def _without_gradients(weights, casts, *, activations=0, state=0, logits=0, buffers=0):
+    """Weights, their casts and buffers are made once, and tear no heap."""
+    heap = LIBRARIES["read"] + (LAYER_HEAP - 1) * activations + (CARRIED_HEAP - 1) * (state + logits)
+    return MemoryUse(weights, 0, 0, casts, round(activations), round(state + buffers), round(logits), round(heap))
 
 
 def _with_heap(kind, weights, gradients, optimizer, casts, activations, state, logits, kernels=0):
-    passing = activations + state + logits
-    passing += casts if optimizer else 0  # elsewhere made once
+    passing = casts + activations + state + logits
     passing += gradients if kind != "recomputed" else 0  # there they are made at once
     heap = round(LIBRARIES[kind] + kernels + (HEAP[kind] - 1) * passing)
     return MemoryUse(weights, gradients, optimizer, casts, round(activations), round(state), round(logits), heap)
@@ -216,11 +223,30 @@ def _loss(config, work, tokens, *, with_gradients):
 
 
 def _passing(config, layer, width, tokens):
-    """Bytes of the layer at hand, without gradients: what goes in and, while it attends, queries, keys and values (with
-    memory once more, behind its slots), what they attend to; or both sides of the activation, for some tokens."""
+    """Bytes of the layer at hand, without gradients: what goes in and, while it attends, its norm, queries, keys and
+    values, what they attend to; or both sides of the activation, for some tokens."""
     inner, wide = config.inner_width, config.n_embd
-    attention = tokens * (2 * wide * FLOAT + wide * width + _attention(config, layer, width))
+    attention = tokens * (2 * wide * FLOAT + wide * width + _attending(config, layer, width))
     return max(attention, 3 * wide * FLOAT * tokens + 2 * inner * width * min(tokens, TOKENS_AT_ONCE))
+
+
+def _attending(config, layer, width):
+    """Bytes a token of queries, keys and values; with memory keys and values once more, behind its slots, and the
+    norm is gone by then; and attention weights where there are such."""
+    if layer in config.linear_layers:
+        return _linear(config, layer, width)
+    window, wide = config.window, config.n_embd
+    slots = config.memory_slots if layer in config.insert_layers else 0
+    again = wide * (2 * (slots + window) / window - 1) if slots else 0
+    return width * (3 * wide + again) + _weights_at_hand(config, slots, width)
+
+
+def _weights_at_hand(config, slots, width):
+    """Bytes a token of attention weights: short windows in 16 bit have them as products."""
+    window = config.window
+    if width != LOW or window > LONGEST_PRODUCTS:
+        return 0
+    return width * config.n_head * (slots + (window + queries_in_products(window)) / 2)
 
 
 def _saved(config, layer, width):
@@ -250,9 +276,8 @@ def _softmax(config, layer, width):
     window, wide = config.window, config.n_embd
     slots = config.memory_slots if layer in config.insert_layers else 0
     along = (slots + window) / window
-    if width == LOW and window <= LONGEST_PRODUCTS:
-        step = queries_in_products(window)
-        return width * (wide + 2 * wide * along + config.n_head * (slots + (window + step) / 2))
+    if weights := _weights_at_hand(config, slots, width):
+        return width * (wide + 2 * wide * along) + weights
     return width * (3 * wide + (wide + 2 * wide * along if slots else 0))
 
 
