@@ -29,11 +29,12 @@ from .recomputation import KEPT, NOTED
 TASKS = ("train", "score", "embed", "generate")
 FLOAT, LOW = 4, 2
 # Beside the tensors: buffers of the matrix libraries, and small objects.
-LIBRARIES = {"train": 40 * 2**20, "accumulated": 40 * 2**20, "recomputed": 25 * 2**20, "read": 16 * 2**20}
-KERNELS = 15 * 2**20  # recomputed: code for the shapes that products have with memory; elsewhere it is within the rest
+LIBRARIES = {"train": 15 * 2**20, "accumulated": 25 * 2**20, "recomputed": 9 * 2**20, "read": 16 * 2**20}
+# With recomputation, too: what oneDNN keeps for each shape of a product in 16 bit; windows with memory have their own.
+KERNELS = {"plain": 16 * 2**20, "memory": 29 * 2**20}
 # glibc's heap over what lives in it. Tensors are aligned, so that the hole left by one does not fit its like: what is
 # made and freed tears it.
-HEAP = {"train": 1.32, "accumulated": 1.55, "recomputed": 1.5}
+HEAP = {"train": 1.22, "accumulated": 1.31, "recomputed": 1.18}
 LAYER_HEAP, CARRIED_HEAP = 1.75, 1.5  # without gradients: over the layer at hand; over state, logits, hidden states
 
 
@@ -148,7 +149,7 @@ def _recomputed(config, work, weights):
     layer = tokens * max(_saved(config, each, work.width) + _returning(config, each, work.width) for each in layers)
     logits, casts = _loss(config, work, tokens, with_gradients=True), _casts(config, work) // config.n_layer
     activations, logits, casts = (layer, 0, casts) if layer + casts > logits else (0, logits, 0)
-    kernels = KERNELS if config.insert_layers else 0
+    kernels = KERNELS["memory" if config.insert_layers else "plain"] if work.width == LOW else 0
     return _with_heap("recomputed", weights, weights, 2 * weights, casts, activations, state, logits, kernels)
 
 
