@@ -26,7 +26,7 @@ DISTIL_STEPS = 100  # of Adam, for all feature maps together
 DISTIL_RATE = 1e-2  # where these begin
 LONGEST_FIT = 256  # tokens that feature maps are fitted on: the fit is quadratic in them
 SAMPLES = 32  # stretches of tokens that the position shifts are averaged over
-SAMPLED_TOKENS = 512  # of them read at a time: building a model must not take more memory than using it
+SAMPLED_TOKENS = 256  # of them read at a time: building a model must not take more memory than using it
 FREQUENCY_CONTEXT = 2  # random tokens before the model is asked how frequent each token is
 
 

@@ -127,6 +127,7 @@ def _training(config, work):
         return _recomputed(config, work, weights)
     tokens = work.lanes * config.window * work.windows
     saved = tokens * sum(_saved(config, layer, work.width) for layer in range(config.n_layer))
+    saved += tokens * _near_products(config, work.width)
     state = _state(config, work) * work.windows
     logits = _loss(config, work, tokens, with_gradients=True)
     casts = _casts(config, work)
@@ -156,12 +157,12 @@ def _recomputed(config, work, weights):
 def _reading(config, work):
     """What is passed on to the loss, or the layer at hand, whichever is more; in generating, or then the buffers."""
     weights, tokens = FLOAT * parameter_count(config), work.lanes * config.window * work.windows
-    state = (1 if work.task == "embed" else 2) * _state(config, work)
-    casts = _casts(config, work)
-    if work.task == "generate":
+    state, casts, moments = 2 * _state(config, work), _casts(config, work), []
+    if work.task == "generate":  # the weights themselves are in 16 bit, if so, after they were loaded
+        moments.append(_without_gradients(weights, weights // FLOAT * work.width if casts else 0))
         weights, casts = weights // FLOAT * work.width, 0
     layer = max(_passing(config, layer, work.width, tokens) for layer in range(config.n_layer))
-    moments = [_without_gradients(weights, casts, activations=layer, state=state)]
+    moments.append(_without_gradients(weights, casts, activations=layer, state=state))
     if work.task == "score":
         logits = _loss(config, work, tokens, with_gradients=False)
         moments.append(_without_gradients(weights, casts, state=state, logits=logits))
@@ -280,6 +281,15 @@ def _softmax(config, layer, width):
     if weights := _weights_at_hand(config, slots, width):
         return width * (wide + 2 * wide * along) + weights
     return width * (3 * wide + (wide + 2 * wide * along if slots else 0))
+
+
+def _near_products(config, width):
+    """Bytes a token of what a layer with near places makes anew in its backward pass: weights of near and of far
+    places, and their gradients."""
+    if not config.near_tokens:
+        return 0
+    chunk = min(near_attention.CHUNK, config.near_tokens, config.window)
+    return 4 * width * config.n_head * (config.near_tokens + chunk)
 
 
 def _linear(config, layer, width):

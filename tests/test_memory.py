@@ -39,6 +39,8 @@ READING = {
     "score, 16 bit": (256, "default", Workload("score", 2, 2, False, "bfloat16"), {}),
     "score, short windows": (64, "none", Workload("score", 8, 1), {}),
     "embed": (256, "default", Workload("embed", 2, 1), {}),
+}
+WRITING = {
     "generate": (256, "default", Workload("generate", 1, 4), {}),
     "generate, 16 bit, many": (64, "none", Workload("generate", 8, 4, False, "bfloat16"), {}),
 }
@@ -87,7 +89,15 @@ def test_finetuning_takes_what_the_formula_says(checkpoint, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", READING.values(), ids=READING.keys())
 def test_reading_takes_what_the_formula_says(checkpoint, case):
-    """Less exactly: without gradients little is held, and how the heap rounds it differs by a tenth from run to run."""
+    predicted, peak = predicted_and_measured(checkpoint(LARGE), LARGE, *case)
+    assert predicted == pytest.approx(peak, rel=0.1)
+
+
+@linux_only
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WRITING.values(), ids=WRITING.keys())
+def test_writing_takes_about_what_the_formula_says(checkpoint, case):
+    """Less exactly: which of loading, casting, reading the prompt and writing is the highest is close, and differs."""
     predicted, peak = predicted_and_measured(checkpoint(LARGE), LARGE, *case)
     assert predicted == pytest.approx(peak, rel=0.2)
 
