@@ -1,7 +1,6 @@
 """recommendation.py: what is recommended fits, is the best that does, and runs inside the limit it was made for."""
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from recur_gpt2.cli_budget import settle
 from recur_gpt2.errors import InputError
 from recur_gpt2.memory import memory_use
 from recur_gpt2.recommendation import candidates, command, parse_bytes, recommend
+from recur_gpt2_start import tuned_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(ROOT / "data" / "gpt2-mini")
@@ -132,7 +132,7 @@ def test_the_recommended_run_stays_inside_a_limit_of_the_system(budget, tmp_path
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=tuned_environment() | {"OMP_NUM_THREADS": "1"},  # as the command begins
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "results.json").exists()
@@ -145,6 +145,10 @@ def test_a_limit_below_what_is_needed_stops_the_run(tmp_path):
     words = shlex.split(command(recommend(MODEL, 900 * MIB), MODEL))[1:]
     words += ["--steps", "1", "--eval-tokens", "8192", "--output-dir", str(tmp_path / "run")]
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(200 * MIB), *words], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", LIMITED, str(200 * MIB), *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=tuned_environment(),
     )
     assert done.returncode != 0
