@@ -108,12 +108,11 @@ def fit_gate(feature_map: FeatureMap, far_gate: FarGate, query: Tensor, key: Ten
     far = _distances(torch.ones(query.shape[2], key.shape[2], device=query.device)) >= far_gate.near_tokens
     if not far.any():
         return
-    scaled = widen(query) * feature_map.width**-0.5
-    wanted = (scaled @ widen(key).mT).masked_fill(~far, -torch.inf).logsumexp(dim=-1)
-    phi_query, phi_key = feature_map.features(widen(query), widen(key))
-    given = ((phi_query @ phi_key.mT) * far).sum(dim=-1).clamp_min(feature_map.floor).log()
+    rows = zip(query.split(1), key.split(1), strict=True)  # the weights of all of them would be large
+    missing = torch.cat([_log_ratio(feature_map, *row, far) for row in rows])
     missing, inputs = (
-        each[:, :, far_gate.near_tokens :].transpose(0, 1).flatten(1, 2) for each in (wanted - given, scaled)
+        each[:, :, far_gate.near_tokens :].transpose(0, 1).flatten(1, 2)
+        for each in (missing, widen(query) * feature_map.width**-0.5)
     )
     mean, offset = inputs.mean(dim=1, keepdim=True), missing.mean(dim=1, keepdim=True)
     inputs, missing = (inputs - mean).double(), (missing - offset).double()
@@ -123,6 +122,14 @@ def fit_gate(feature_map: FeatureMap, far_gate: FarGate, query: Tensor, key: Ten
     weight = torch.linalg.solve(moments, inputs.mT @ missing[..., None])[..., 0].to(mean.dtype)
     far_gate.weight.copy_(weight)
     far_gate.bias.copy_(offset[:, 0] - (weight * mean[:, 0]).sum(dim=1))
+
+
+def _log_ratio(feature_map, query, key, far):
+    """What far places weigh in softmax over what they weigh through the map, in logarithms: (B, H, T)."""
+    query, key = widen(query), widen(key)
+    wanted = (query @ key.mT * feature_map.width**-0.5).masked_fill(~far, -torch.inf).logsumexp(dim=-1)
+    phi_query, phi_key = feature_map.features(query, key)
+    return wanted - ((phi_query @ phi_key.mT) * far).sum(dim=-1).clamp_min(feature_map.floor).log()
 
 
 def _distances(visible):

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, GPT2LMHeadModel, PretrainedConfig
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 FIT_STEPS = 200  # of Adam, for each feature map
 DISTIL_STEPS = 100  # of Adam, for all feature maps together
 DISTIL_RATE = 1e-2  # where these begin
+DISTIL_PLACES = 128  # whose logits exist at a time
 LONGEST_FIT = 256  # tokens that feature maps are fitted on: the fit is quadratic in them
 SAMPLES = 32  # stretches of tokens that the position shifts are averaged over
 SAMPLED_TOKENS = 256  # of them read at a time: building a model must not take more memory than using it
@@ -144,15 +146,31 @@ def _fit_together(model, tokens):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, DISTIL_STEPS)
     for step in tqdm(range(DISTIL_STEPS), desc="fitting them together", unit="step", leave=False):
         read = tokens[(torch.arange(rows) + step * rows) % len(tokens)][:, None].to(model.wte.weight.device)
-        wanted = (model.read_softly(read, starts) @ model.wte.weight.T).log_softmax(dim=-1)
+        wanted = model.read_softly(read, starts).flatten(0, -2)
         with torch.enable_grad():
-            given = (model.read(read, starts)[0] @ model.wte.weight.T).log_softmax(dim=-1)
-            divergence = (wanted.exp() * (wanted - given)).sum(dim=-1).mean()
-            gradients = torch.autograd.grad(divergence, learning)
+            given = model.read(read, starts, run_layer=_recomputed)[0].flatten(0, -2)
+            gradients = torch.autograd.grad(_divergence(given, wanted, model.wte.weight.detach()), learning)
         for parameter, gradient in zip(learning, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
         schedule.step()
+
+
+def _divergence(given, wanted, head):
+    """Mean over N places of KL(wanted || given), of what two hidden states (N, D) predict. Logits of few places exist
+    at a time, so that a conversion takes no more memory than training does."""
+
+    def of_some(given, wanted):
+        wanted = (wanted @ head.T).log_softmax(dim=-1)
+        return (wanted.exp() * (wanted - (given @ head.T).log_softmax(dim=-1))).sum()
+
+    parts = zip(given.split(DISTIL_PLACES), wanted.split(DISTIL_PLACES), strict=True)
+    return sum(_recomputed(of_some, *part) for part in parts) / len(given)
+
+
+def _recomputed(function, *inputs):
+    """What the function gives; for the gradient it is called again."""
+    return checkpoint(function, *inputs, use_reentrant=False)
 
 
 def _fit_keys_and_values(model):
