@@ -102,6 +102,16 @@ def test_writing_takes_about_what_the_formula_says(checkpoint, case):
     assert predicted == pytest.approx(peak, rel=0.2)
 
 
+@linux_only
+@pytest.mark.slow
+def test_conversion_to_linear_attention_takes_no_more_than_finetuning(checkpoint):
+    """Maps are fitted before training starts, in the same process (few steps here: as high a peak as all of them)."""
+    options, workload = {"linear_layers": "all"}, Workload("train", 1, 2, True, "bfloat16")
+    config = RecurGPT2Config(**LARGE, window=512, recurrence="none", **options)
+    found = measured(Job(str(checkpoint(LARGE)), workload, 512, "none", options, steps=2))
+    assert found["peak_memory_bytes"] == pytest.approx(memory_use(config, workload).total, rel=0.1)
+
+
 def test_parameters_are_counted_as_they_are():
     for options in ({}, {"recurrence": "yoshida2020"}, {"recurrence": "none", "linear_layers": [1, 2]}):
         config = RecurGPT2Config(**MINI, **options)
