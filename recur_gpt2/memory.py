@@ -30,8 +30,9 @@ TASKS = ("train", "score", "embed", "generate")
 FLOAT, LOW = 4, 2
 # Beside the tensors: buffers of the matrix libraries, and small objects.
 LIBRARIES = {"train": 15 * 2**20, "accumulated": 25 * 2**20, "recomputed": 9 * 2**20, "read": 16 * 2**20}
-# With recomputation, too: what oneDNN keeps for each shape of a product in 16 bit; windows with memory have their own.
-KERNELS = {"plain": 16 * 2**20, "memory": 29 * 2**20}
+# With recomputation, too: what oneDNN keeps for each shape of a product in 16 bit. Windows with memory have their own,
+# and linear attention has.
+KERNELS, MORE_KERNELS = 16 * 2**20, 29 * 2**20
 # glibc's heap over what lives in it. Tensors are aligned, so that the hole left by one does not fit its like: what is
 # made and freed tears it.
 HEAP = {"train": 1.22, "accumulated": 1.31, "recomputed": 1.18}
@@ -150,7 +151,8 @@ def _recomputed(config, work, weights):
     layer = tokens * max(_saved(config, each, work.width) + _returning(config, each, work.width) for each in layers)
     logits, casts = _loss(config, work, tokens, with_gradients=True), _casts(config, work) // config.n_layer
     activations, logits, casts = (layer, 0, casts) if layer + casts > logits else (0, logits, 0)
-    kernels = KERNELS["memory" if config.insert_layers else "plain"] if work.width == LOW else 0
+    kernels = MORE_KERNELS if config.insert_layers or config.linear_layers else KERNELS
+    kernels = kernels if work.width == LOW else 0
     return _with_heap("recomputed", weights, weights, 2 * weights, casts, activations, state, logits, kernels)
 
 
@@ -236,7 +238,8 @@ def _attending(config, layer, width):
     """Bytes a token of queries, keys and values; with memory keys and values once more, behind its slots, and the
     norm is gone by then; and attention weights where there are such."""
     if layer in config.linear_layers:
-        return _linear(config, layer, width)
+        # What the backward pass would need, less queries, keys and values as they were projected.
+        return _linear(config, layer, width) - 3 * config.n_embd * width
     window, wide = config.window, config.n_embd
     slots = config.memory_slots if layer in config.insert_layers else 0
     again = wide * (2 * (slots + window) / window - 1) if slots else 0
@@ -267,7 +270,7 @@ def _attention(config, layer, width):
 def _returning(config, layer, width):
     """Bytes a token of the gradients of a layer at hand: both sides of the activation, residuals, attention weights."""
     inner, window, step = config.inner_width, config.window, queries_in_products(config.window)
-    weights = 0
+    weights = _near_products(config, width) if layer in config.linear_layers else 0
     if width == LOW and layer not in config.linear_layers:
         weights = 2 * width * config.n_head * (config.memory_slots + (window + step) / 2)
     return 2 * inner * width + 2 * config.n_embd * FLOAT + weights
