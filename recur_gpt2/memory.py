@@ -30,13 +30,15 @@ TASKS = ("train", "score", "embed", "generate")
 FLOAT, LOW = 4, 2
 # Beside the tensors: buffers of the matrix libraries, and small objects.
 LIBRARIES = {"train": 15 * 2**20, "accumulated": 25 * 2**20, "recomputed": 9 * 2**20, "read": 16 * 2**20}
+THREAD = 7 * 2**20  # without gradients, too: each thread of PyTorch's but the first (measured with two)
 # With recomputation, too: what oneDNN keeps for each shape of a product in 16 bit. Windows with memory have their own,
 # and linear attention has.
 KERNELS, MORE_KERNELS = 16 * 2**20, 29 * 2**20
 # glibc's heap over what lives in it. Tensors are aligned, so that the hole left by one does not fit its like: what is
 # made and freed tears it.
 HEAP = {"train": 1.22, "accumulated": 1.31, "recomputed": 1.18}
-LAYER_HEAP, CARRIED_HEAP = 1.75, 1.5  # without gradients: over the layer at hand; over state, logits, hidden states
+# Without gradients: over the layer at hand; over state, logits and hidden states; over weights in 16 bit.
+LAYER_HEAP, CARRIED_HEAP, CAST_HEAP = 1.75, 1.5, 1.4
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _reading(config, work):
     weights, tokens = FLOAT * parameter_count(config), work.lanes * config.window * work.windows
     state, casts, moments = 2 * _state(config, work), _casts(config, work), []
     if work.task == "generate":  # the weights themselves are in 16 bit, if so, after they were loaded
-        moments.append(_without_gradients(weights, weights // FLOAT * work.width if casts else 0))
+        moments.append(_without_gradients(weights, 0, buffers=weights // FLOAT * work.width if casts else 0))
         weights, casts = weights // FLOAT * work.width, 0
     layer = max(_passing(config, layer, work.width, tokens) for layer in range(config.n_layer))
     moments.append(_without_gradients(weights, casts, activations=layer, state=state))
@@ -176,8 +178,10 @@ def _reading(config, work):
 
 
 def _without_gradients(weights, casts, *, activations=0, state=0, logits=0, buffers=0):
-    """Weights, their casts and buffers are made once, and tear no heap."""
-    heap = LIBRARIES["read"] + (LAYER_HEAP - 1) * activations + (CARRIED_HEAP - 1) * (state + logits)
+    """Weights and buffers are made once, and tear no heap."""
+    libraries = LIBRARIES["read"] + THREAD * (torch.get_num_threads() - 1)
+    heap = libraries + (CAST_HEAP - 1) * casts
+    heap += (LAYER_HEAP - 1) * activations + (CARRIED_HEAP - 1) * (state + logits)
     return MemoryUse(weights, 0, 0, casts, round(activations), round(state + buffers), round(logits), round(heap))
 
 
@@ -238,8 +242,10 @@ def _attending(config, layer, width):
     """Bytes a token of queries, keys and values; with memory keys and values once more, behind its slots, and the
     norm is gone by then; and attention weights where there are such."""
     if layer in config.linear_layers:
-        # What the backward pass would need, less queries, keys and values as they were projected.
-        return _linear(config, layer, width) - 3 * config.n_embd * width
+        # What the backward pass would need, less queries, keys, values and features before they are in chunks.
+        _, features, _ = head_features(config)
+        before = 4 * config.n_embd + 2 * config.n_head * features if config.near_tokens else 3 * config.n_embd
+        return _linear(config, layer, width) - before * width
     window, wide = config.window, config.n_embd
     slots = config.memory_slots if layer in config.insert_layers else 0
     again = wide * (2 * (slots + window) / window - 1) if slots else 0
@@ -305,6 +311,6 @@ def _linear(config, layer, width):
         places = 2 * wide * (config.near_tokens + chunk) / chunk
         if config.memory_slots:  # they stand in front of a window, with what the next one's are made of
             places += 2 * wide * (max(config.near_tokens, config.last_slots) + config.window) / config.window
-        return width * (places + 6 * wide + 3 * heads * features + wide * features / chunk + maps)
+        return width * (places + 7 * wide + 5 * heads * features + wide * features / chunk + maps)
     chunk = min(CHUNK, config.window)
     return width * (4 * wide + 2 * heads * features + wide * features / chunk + maps)
