@@ -7,15 +7,21 @@ process takes a tenth more memory in training, a quarter more in scoring, and di
 """
 
 import os
+import platform
 import sys
 
 TUNABLES, THREAD_CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count"
 
 
+def is_glibc() -> bool:
+    """Whether the C library is glibc."""
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+
+
 def tuned_environment() -> dict[str, str]:
     """This process's environment, for another one that is to begin without a thread cache, unless it says otherwise."""
     given = os.environ.get(TUNABLES, "")
-    if THREAD_CACHE in given or not _is_glibc():
+    if THREAD_CACHE in given or not is_glibc():
         return dict(os.environ)
     return os.environ | {TUNABLES: f"{given}:{THREAD_CACHE}=0".removeprefix(":")}
 
@@ -33,10 +39,3 @@ def main() -> int:
     from recur_gpt2.cli import main
 
     return main()
-
-
-def _is_glibc():
-    try:
-        return os.confstr("CS_GNU_LIBC_VERSION") is not None
-    except (AttributeError, ValueError, OSError):  # no such question, or no such answer, on this system
-        return False

@@ -7,9 +7,9 @@ freed memory stays in the process, and the heap lies on huge pages.
 
 import ctypes
 import os
-import platform
 import resource
-import sys
+
+from recur_gpt2_start import is_glibc
 
 M_MXFAST, M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = 1, -1, -2, -4  # malloc.h
 MADV_HUGEPAGE = 14  # sys/mman.h
@@ -19,7 +19,7 @@ _tuned = False
 
 def tune_allocator() -> None:
     """Tune this process, as early as possible. Does nothing where the C library is not glibc."""
-    if not _is_glibc():
+    if not is_glibc():
         return
     global _tuned
     libc = ctypes.CDLL(None)
@@ -33,7 +33,7 @@ def tune_allocator() -> None:
 
 def release_memory() -> None:
     """Give freed memory back to the system, so that a measurement starts from what is in use."""
-    if not _is_glibc():
+    if not is_glibc():
         return
     libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
@@ -44,10 +44,6 @@ def release_memory() -> None:
 def _is_limited():
     """Whether the system limits this process's data (ulimit -d)."""
     return resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
-
-
-def _is_glibc():
-    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 
 def _put_heap_on_huge_pages(libc):

@@ -359,7 +359,7 @@ def _make_new_parameters(model, dtype):
                 made = torch.empty_like(tensor, dtype=dtype, device="cpu")
                 setattr(module, name, nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # a GPU's numbers are left alone
         for module in model.modules():
             if isinstance(module, NEW_MODULES):
                 module.reset_parameters()

@@ -113,7 +113,7 @@ print(len(bytearray(50 * 2**20)))
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):
-    monkeypatch.setattr(allocator, "_is_glibc", lambda: False)
+    monkeypatch.setattr(allocator, "is_glibc", lambda: False)
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda *args: pytest.fail("called the C library"))
     allocator.tune_allocator()
     allocator.release_memory()
@@ -123,6 +123,6 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
     ("system", "libc"), [("darwin", ""), ("win32", ""), ("linux", "")], ids=["macOS", "Win", "musl"]
 )
 def test_what_is_not_glibc_is_recognised(system, libc, monkeypatch):
-    monkeypatch.setattr(allocator.sys, "platform", system)
-    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: (libc, ""))
-    assert not allocator._is_glibc()
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "libc_ver", lambda: (libc, ""))
+    assert not allocator.is_glibc()
