@@ -5,8 +5,9 @@
     python benchmarks/bench_generation.py --parts text --ours data/recur-gpt2-mini
 
 within: both `generate()`, as far as the model has positions. beyond: from there on transformers has no generate(); what
-people do is to drop the older half of the text when the positions are full and read the rest again ("drop half"), or to
-read a full window again for every token ("sliding"), in a loop around the model; so ours is measured in one too.
+people do is to drop the older half of the text when the positions are full and read the rest again, in a loop around
+the model ("drop half") or calling generate() again ("drop half, generate()"), or to read a full window again for every
+token ("sliding"). Ours is measured both ways too: generate(), and in a loop.
 long: memory and time for a token, early and late in a text. text: what the base GPT-2 thinks of what each writes, how
 much of it is new (distinct n-grams over all).
 """
@@ -43,8 +44,8 @@ from recur_gpt2.accounting import Meter, peak_resident
 PROMPT = 16  # tokens
 MIB = 2**-20
 PARTS = ["within", "beyond", "long", "text"]
-AIMS = {"within": 1.0, "drop half": 1.3, "sliding": 20.0, "late": 1.05, "memory": 1.01}
-WRITERS = {"drop half": "drop_half", "sliding": "sliding"}
+AIMS = {"within": 1.0, "drop half": 1.3, "drop half, generate()": 1.3, "sliding": 20.0, "late": 1.05, "memory": 1.01}
+WRITERS = {"drop half": "drop_half", "drop half, generate()": "generate_again", "sliding": "sliding"}
 
 
 def parse() -> Namespace:
@@ -74,32 +75,36 @@ def compare(args: Namespace) -> dict:
 
 
 def _within(args):
-    return {
-        str(rows): _speeds(args, f"within its positions, {rows} texts", rows, {PEER: {}, "ours": {}}, PEER)
-        for rows in args.batches
-    }
-
-
-def _beyond(args):
-    """Ratios are to each other way, in turn."""
     found = {}
     for rows in args.batches:
-        for name, variant in WRITERS.items():
-            count = 24 if name == "sliding" else args.tokens
-            ours = {
-                "ours": {"new_tokens": args.tokens},
-                "ours, in a loop": {"variant": "loop", "new_tokens": args.tokens},
-            }
-            variants = {name: {"variant": variant, "new_tokens": count}} | ours
-            head = f"beyond them, {rows} texts"
-            found[f"{rows}, {name}"] = _speeds(args, head, rows, variants, name, aim=AIMS[name])
+        runs = _runs(args, rows, {PEER: {}, "ours": {}})
+        found[str(rows)] = _speeds(f"within its positions, {rows} texts", runs, PEER, AIMS["within"])
     return found
 
 
-def _speeds(args, head, rows, variants, base, aim=AIMS["within"]):
+def _beyond(args):
+    """Ratios are to each other way."""
+    found = {}
+    for rows in args.batches:
+        long = {"new_tokens": args.tokens}
+        others = {name: {"variant": variant} | long for name, variant in WRITERS.items()}
+        others["sliding"]["new_tokens"] = 24  # each reads a whole window
+        ours = {"ours": long, "ours, in a loop": {"variant": "loop"} | long}
+        runs = _runs(args, rows, others | ours)
+        for name in WRITERS:
+            these = {each: runs[each] for each in (name, *ours)}
+            found[f"{rows}, {name}"] = _speeds(f"beyond them, {rows} texts", these, name, AIMS[name])
+    return found
+
+
+def _runs(args, rows, variants):
     settings = vars(args) | {"part": "speed", "rows": rows, "new_tokens": None}
     each = {name: settings | {"variant": name} | changed for name, changed in variants.items()}
-    summary = summarise(interleave(__file__, each, args.repeats), base)
+    return interleave(__file__, each, args.repeats)
+
+
+def _speeds(head, runs, base, aim):
+    summary = summarise(runs, base)
     table = [
         [
             name,
@@ -152,8 +157,8 @@ def measure(settings: Namespace) -> dict:
     model = (_ours(settings) if ours else build_transformers(settings)).to(device, dtype).eval()
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(1, model.config.vocab_size - 1, (settings.rows, PROMPT), generator=generator).to(device)
-    write = {PEER: _generate, "ours": _generate, "loop": _loop, "drop_half": _drop_half, "sliding": _sliding}
-    write = write[settings.variant]
+    loops = {"loop": _loop, "drop_half": _drop_half, "generate_again": _generate_again, "sliding": _sliding}
+    write = ({PEER: _generate, "ours": _generate} | loops)[settings.variant]
     if settings.part == "text":
         return _judged(settings, write(model, prompt, settings.new_tokens, draw=_sampled)[0, PROMPT:])
     if settings.part == "late":
@@ -228,6 +233,16 @@ def _generate(model, prompt, count, *, times=None, draw=None):
     mask = torch.ones_like(prompt)
     options |= {"attention_mask": mask, "eos_token_id": None, "pad_token_id": 0, "streamer": streamer}
     return model.generate(prompt, max_new_tokens=count, min_new_tokens=count, **options)
+
+
+def _generate_again(model, ids, count):
+    """`generate()` until the positions are full, then again behind the newer half of the text."""
+    end = ids.shape[1] + count
+    while ids.shape[1] < end:
+        kept = ids[:, -model.config.n_positions // 2 :]
+        new = min(end - ids.shape[1], model.config.n_positions - kept.shape[1])
+        ids = torch.cat((ids, _generate(model, kept, new)[:, -new:]), dim=1)
+    return ids
 
 
 @torch.no_grad()

@@ -57,24 +57,24 @@ def write_plots(rows, settings, folder):
 
 
 def draw_perplexity_memory(axes, rows):
-    axes.set_xlabel("peak memory (MiB); the number at a dot is its window, written at the least memory of that window")
+    axes.set_xlabel("peak memory (MiB), the least of each window; the number at a dot is its window")
     return draw_perplexity(axes, scored(rows, "peak_memory_bytes"), "peak_memory_bytes", MEBI)
 
 
 def draw_perplexity_flops(axes, rows):
     axes.set_xlabel("forward computation (MFLOPs per token); the number at a dot is its window")
-    points = best_of_windows(scored(rows, "flops_per_token")).values()
-    return draw_perplexity(axes, points, "flops_per_token", MEGA)
+    return draw_perplexity(axes, scored(rows, "flops_per_token"), "flops_per_token", MEGA)
 
 
 def draw_perplexity(axes, points, cost, unit):
-    """A dot for every point, a staircase for every method and, behind, that of all together.
+    """A dot for every window, a staircase for every method and, behind, that of all together.
 
+    More lanes cost memory and buy speed, which is not drawn here: a window has a second dot only where that is better.
     Returns whether there was anything to draw, as every function here that draws a picture.
     """
     axes.set_ylabel("token perplexity (lower is better)")
     places = {method: [] for method in METHOD_STYLES}
-    for row in points:
+    for row in fronts_of_windows(points, cost):
         if row["method"] in places:
             places[row["method"]].append((row[cost] / unit, row["token_ppl"], row["window"]))
     everywhere = [place[:2] for each in places.values() for place in each]
@@ -220,10 +220,15 @@ def first_of_windows(places):
     return list({window: (x, y, window) for x, y, window in sorted(places, reverse=True)}.values())
 
 
-def best_of_windows(points):
-    """{(method, window): its point of fewest nats}."""
-    ranked = sorted(points, key=lambda row: row["nats"], reverse=True)
-    return {(row["method"], row["window"]): row for row in ranked}
+def fronts_of_windows(points, cost):
+    """The points that have fewer nats than all others of their method and window at no more cost."""
+    best, kept = {}, []
+    for row in sorted(points, key=lambda row: (row[cost], row["nats"])):
+        key = row["method"], row["window"]
+        if row["nats"] < best.get(key, math.inf):
+            best[key] = row["nats"]
+            kept.append(row)
+    return kept
 
 
 def scored(rows, cost):

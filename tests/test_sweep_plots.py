@@ -13,9 +13,9 @@ from recur_gpt2.sweep_plots import (
     HEIGHT,
     METHOD_STYLES,
     PICTURES,
-    best_of_windows,
     draw_lines,
     first_of_windows,
+    fronts_of_windows,
     pareto_front,
     staircase,
     write_plots,
@@ -136,11 +136,11 @@ def test_windows_are_written_apart_from_each_other():
         assert not overlapping([Text.get_window_extent(text) for text in numbers])
 
 
-def test_every_scored_point_is_a_dot_and_each_method_a_line_through_its_best():
+def test_every_scored_window_is_a_dot_and_each_method_a_line_through_its_best():
     rows = [
         make_point("recurrent", 64, 100, token_ppl=30.0),
-        make_point("recurrent", 256, 200, token_ppl=25.0),
         make_point("recurrent", 256, 300, token_ppl=25.0),
+        make_point("recurrent", 256, 200, token_ppl=25.0),
         make_point("recurrent", 1024, 400, token_ppl=26.0),
         make_point("overlap", 256, 150, token_ppl=27.0),
         make_point("overlap", 256, 120, nats=None),
@@ -148,7 +148,7 @@ def test_every_scored_point_is_a_dot_and_each_method_a_line_through_its_best():
         make_point("overlap", 256, 110, status="out of memory"),
     ]
     axes = drawn("perplexity_memory", rows)
-    assert line_of(axes, "recurrent", dots=True) == [(100, 30), (200, 25), (300, 25), (400, 26)]
+    assert line_of(axes, "recurrent", dots=True) == [(100, 30), (200, 25), (400, 26)]
     assert line_of(axes, "recurrent") == [(100, 30), (200, 30), (200, 25), (420, 25)]
     assert line_of(axes, "overlap", dots=True) == [(150, 27)]
     assert line_of(axes, "overlap") == [(150, 27), (420, 27)]
@@ -234,6 +234,7 @@ def test_a_window_is_written_once_at_its_cheapest_dot(places):
     assert all(place == min(other for other in places if other[2] == place[2]) for place in chosen)
 
 
-def test_the_best_point_of_a_window_has_the_fewest_nats():
-    points = [make_point("recurrent", w, 100, nats=n) for w, n in ((64, 3.3), (64, 3.1), (64, 3.2), (128, 4.0))]
-    assert best_of_windows(points) == {("recurrent", 64): points[1], ("recurrent", 128): points[3]}
+def test_a_window_has_another_dot_only_where_more_memory_is_better():
+    places = [(64, 110, 3.3), (64, 100, 3.3), (64, 120, 3.1), (64, 130, 3.2), (128, 100, 4.0)]
+    points = [make_point("recurrent", w, m, nats=n) for w, m, n in places]
+    assert fronts_of_windows(points, "peak_memory_bytes") == [points[1], points[4], points[2]]
