@@ -88,7 +88,7 @@ def _beyond(args):
     for rows in args.batches:
         long = {"new_tokens": args.tokens}
         others = {name: {"variant": variant} | long for name, variant in WRITERS.items()}
-        others["sliding"]["new_tokens"] = 24  # each reads a whole window
+        others["sliding"]["new_tokens"] = max(2, 24 // rows)  # each reads a whole window
         ours = {"ours": long, "ours, in a loop": {"variant": "loop"} | long}
         runs = _runs(args, rows, others | ours)
         for name in WRITERS:
@@ -164,7 +164,7 @@ def measure(settings: Namespace) -> dict:
     if settings.part == "late":
         return {"seconds": _by_turns(model, settings.late)}
     count = settings.new_tokens or model.config.n_positions - PROMPT
-    write(model, prompt, 8)
+    write(model, prompt, min(8, count))
     synchronize(device)
     with torch.no_grad(), Meter(model) as meter:
         began = time.perf_counter()

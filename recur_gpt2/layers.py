@@ -10,6 +10,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from .feature_maps import AffineMap, FeatureMap, make_feature_map
 from .near_attention import FarGate
+from .products import Projection
 
 # gelu_new is this formula written as eight kernels; the fused one gives the same numbers in a fraction of the time.
 FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
@@ -44,6 +45,8 @@ class RecurGPT2Block(GPT2Block):
         fused = FUSED_ACTIVATIONS.get(config.activation_function)
         if fused:
             self.mlp.act = ACT2FN[fused]
+        for part, name in ((self.attn, "c_attn"), (self.attn, "c_proj"), (self.mlp, "c_fc"), (self.mlp, "c_proj")):
+            setattr(part, name, Projection(getattr(part, name)))
         self.feature_map = self.state_decay = self.far_gate = None
         self.register_buffer("fused_weight", None, persistent=False)
         self.register_buffer("fused_bias", None, persistent=False)

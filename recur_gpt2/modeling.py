@@ -31,6 +31,7 @@ from .losses import IGNORE, summed_loss
 from .near_attention import FarGate
 from .outputs import RecurGPT2LMOutput, RecurGPT2Output
 from .padding import Packing
+from .products import Head
 from .reading import FreshWindows, ResumedWindows
 from .recurrence import LayerMemory, PooledMemory, make_recurrence
 from .state import RecurState
@@ -289,7 +290,7 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
     def __init__(self, config: RecurGPT2Config):
         super().__init__(config)
         self.transformer = RecurGPT2Model(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self):
