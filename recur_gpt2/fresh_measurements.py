@@ -31,8 +31,9 @@ from .allocator import release_memory, tune_allocator
 from .configuration import RecurGPT2Config
 from .memory import Workload
 
-# The limit counts what is reserved, used or not: stacks of the threads that a run starts, of eight megabytes each.
-RESERVED = 64 * 2**20
+# The limit counts what is reserved, used or not: stacks of the threads that a run starts, of eight megabytes each, and
+# oneDNN's code, of which it reserves tens of megabytes, more or fewer by the processor, and uses one.
+RESERVED = 128 * 2**20
 OK, OUT_OF_MEMORY, FAILED = "ok", "out of memory", "failed"
 OUT_OF_MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate", "bad_alloc", "MemoryError", "create a primitive")
 
@@ -70,7 +71,10 @@ def measured(job: Job) -> dict:
     command = [sys.executable, "-m", "recur_gpt2.fresh_measurements", json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, env=tuned_environment())
     if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(done.stdout.splitlines()[-1])
+        if job.budget is None or found["peak_memory_bytes"] <= job.budget:
+            return found
+        return {"status": OUT_OF_MEMORY, "reason": f"took {_amount(found['peak_memory_bytes'])}"}
     said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     starved = done.returncode in (-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, 137, 134)
     if starved or any(sign in done.stderr for sign in OUT_OF_MEMORY_SIGNS):

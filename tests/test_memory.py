@@ -1,6 +1,8 @@
 """memory.py: what the formulas predict is what fresh processes take, and its parts are what they are called."""
 
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from recur_gpt2 import RecurGPT2Config, RecurGPT2LMHeadModel
 from recur_gpt2.errors import InputError
-from recur_gpt2.fresh_measurements import Job, measured
+from recur_gpt2.fresh_measurements import OUT_OF_MEMORY, Job, measured
 from recur_gpt2.memory import Workload, memory_use, parameter_count
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data" / "gpt2-mini"
@@ -110,6 +112,19 @@ def test_conversion_to_linear_attention_takes_no_more_than_finetuning(checkpoint
     config = RecurGPT2Config(**LARGE, window=512, recurrence="none", **options)
     found = measured(Job(str(checkpoint(LARGE)), workload, 512, "none", options, steps=2))
     assert found["peak_memory_bytes"] == pytest.approx(memory_use(config, workload).total, rel=0.1)
+
+
+@linux_only
+@pytest.mark.slow
+def test_running_out_of_a_budget_is_a_result():
+    """Of the system's limit, which leaves room for what is reserved only; and of the budget, where that has room."""
+    job = Job(str(BUNDLED), Workload("train", 8, 4, False, "float32"), recurrence="default", steps=1)
+    refused = measured(replace(job, budget=50 * 2**20))
+    assert refused == {"status": OUT_OF_MEMORY, "reason": "needed more than 50 MiB"}
+    job = replace(job, workload=Workload("score", 1, 1), protocol="recurrent")
+    slipped = measured(replace(job, budget=30 * 2**20))
+    assert slipped["status"] == OUT_OF_MEMORY
+    assert 30 < int(re.fullmatch(r"took (\d+) MiB", slipped["reason"])[1]) < 150
 
 
 def test_parameters_are_counted_as_they_are():

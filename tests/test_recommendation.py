@@ -18,13 +18,22 @@ from recur_gpt2_start import tuned_environment
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(ROOT / "data" / "gpt2-mini")
 MIB = 2**20
-# Finetunes, saves and scores, while the system refuses more than the budget.
+# Finetunes, saves and scores, while the system refuses more than the budget. It counts what is reserved and not used,
+# too, and is given room for that: so that the memory in use is looked at as well, at all peaks of the run.
 LIMITED = """
 import sys
-from recur_gpt2.fresh_measurements import limit_memory
-limit_memory(int(sys.argv[1]))
+from recur_gpt2 import accounting, fresh_measurements
+budget, peaks = int(sys.argv[1]), []
+base = fresh_measurements.limit_memory(budget)
+reset = accounting.reset_peak
+def reset_peak():
+    peaks.append(accounting.peak_resident())
+    return reset()
+accounting.reset_peak = reset_peak
 from recur_gpt2.cli import main
-sys.exit(main(sys.argv[2:]))
+failed = main(sys.argv[2:])
+reset_peak()
+sys.exit(failed or max(peaks) - base > budget and f"{(max(peaks) - base) / 2**20:.0f} MiB in use")
 """
 
 
