@@ -71,15 +71,19 @@ def measured(job: Job) -> dict:
     command = [sys.executable, "-m", "recur_gpt2.fresh_measurements", json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, env=tuned_environment())
     if done.returncode == 0:
-        found = json.loads(done.stdout.splitlines()[-1])
-        if job.budget is None or found["peak_memory_bytes"] <= job.budget:
-            return found
-        return {"status": OUT_OF_MEMORY, "reason": f"took {_amount(found['peak_memory_bytes'])}"}
+        return held(json.loads(done.stdout.splitlines()[-1]), job.budget)
     said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     starved = done.returncode in (-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, 137, 134)
     if starved or any(sign in done.stderr for sign in OUT_OF_MEMORY_SIGNS):
         return {"status": OUT_OF_MEMORY, "reason": f"needed more than {_amount(job.budget)}"}
     return {"status": FAILED, "reason": said}
+
+
+def held(found: dict, budget: int | None) -> dict:
+    """What was measured, held to a budget: the system's limit leaves room for more."""
+    if budget is None or found["peak_memory_bytes"] <= budget:
+        return found
+    return {"status": OUT_OF_MEMORY, "reason": f"took {_amount(found['peak_memory_bytes'])}"}
 
 
 def _amount(budget):

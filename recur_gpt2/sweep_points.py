@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from .accounting import flops_per_token
 from .configuration import with_window
 from .errors import InputError
-from .fresh_measurements import FAILED, OK, OUT_OF_MEMORY, Job, measured
+from .fresh_measurements import FAILED, OK, OUT_OF_MEMORY, Job, held, measured
 from .memory import Workload, memory_use
 from .recommendation import SEGMENT, STEP_TOKENS, Recommendation, candidates, default_precision
 from .sweep_models import METHODS, SweepModels
@@ -136,12 +136,12 @@ class SweepPoints:
     def _measured(self, job):
         """What a job costs. Two methods may have the same, and a larger budget may have no better use."""
         key = repr(replace(job, budget=None))
-        if key not in self._known:
-            found = measured(job)
-            if found["status"] != OK:
-                return found
+        if key in self._known:
+            return held(self._known[key], job.budget)
+        found = measured(job)
+        if found["status"] == OK:
             self._known[key] = found
-        return self._known[key]
+        return found
 
     def _row(self, method, window, budget, settings):
         work, overlapping = settings.workload, METHODS[method].protocol.endswith("overlap")

@@ -134,7 +134,7 @@ def test_a_budget_fills_in_the_settings_and_one_process_says_which(quiet, capsys
 @pytest.mark.parametrize("budget", [310, 900])
 def test_the_recommended_run_stays_inside_a_limit_of_the_system(budget, tmp_path):
     words = shlex.split(command(recommend(MODEL, budget * MIB), MODEL))[1:]
-    words += ["--steps", "2", "--eval-tokens", "4096", "--no-control", "--output-dir", str(tmp_path / "run")]
+    words += ["--steps", "2", "--eval-tokens", "2048", "--no-control", "--output-dir", str(tmp_path / "run")]
     words += ["--rows", "base_overlap", "recurrent", "recurrent_shuffled"]
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(budget * MIB), *words],

@@ -14,7 +14,7 @@ from recur_gpt2 import RecurGPT2LMHeadModel, sweep, sweep_models, sweep_points
 from recur_gpt2.cli import main
 from recur_gpt2.cli_budget import add_sweep_arguments
 from recur_gpt2.errors import InputError
-from recur_gpt2.fresh_measurements import FAILED, OK, OUT_OF_MEMORY
+from recur_gpt2.fresh_measurements import FAILED, OK, OUT_OF_MEMORY, held
 from recur_gpt2.sweep import SweepArguments, run_sweep
 from recur_gpt2.sweep_choice import best_measured
 from recur_gpt2.sweep_models import METHODS, SweepModels
@@ -133,6 +133,22 @@ def test_running_out_of_memory_is_recorded_and_the_next_settings_are_tried(tmp_p
     assert [row["settings"]["lanes"] for row in rows] == [16, 8, 4, 2]
     assert "nats" in rows[-1]
     assert not any("nats" in row for row in rows[:-1])
+
+
+def test_what_took_more_than_a_budget_has_run_out_of_it(tmp_path, monkeypatch, finetunings):
+    """Also where it was measured for a larger one."""
+
+    def measured(job):
+        peak = 300 * MIB if job.workload.lanes > 1 else 10 * MIB
+        return held({"status": OK, "peak_memory_bytes": peak, "tokens_per_second": 1.0}, job.budget)
+
+    monkeypatch.setattr(sweep_points, "measured", measured)
+    budgets = [310 * MIB, 290 * MIB]
+    large, *small = points_of(run_sweep(arguments(tmp_path, windows=[64], methods=["recurrent"], budgets=budgets)))
+    assert (large["status"], large["peak_memory_bytes"]) == (OK, 300 * MIB)
+    assert (small[0]["settings"], small[0]["status"]) == (large["settings"], OUT_OF_MEMORY)
+    assert small[0]["reason"] == "took 300 MiB"
+    assert [row["peak_memory_bytes"] for row in small if row["status"] == OK] == [10 * MIB]
 
 
 def test_the_same_settings_are_measured_once(tmp_path, jobs, finetunings):
