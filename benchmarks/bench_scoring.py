@@ -3,9 +3,10 @@
     python benchmarks/bench_scoring.py                                              # data/gpt2-mini
     python benchmarks/bench_scoring.py --model gpt2 --device cuda --batch 64
 
-The loss of every token but the first is computed once, the tail's included. `transformers` and `disjoint` read the
-windows apart, `--batch` at a time; recurrent variants read them one after another, P computed at once. `growth` is the
-peak memory over that of a document of a tenth of the tokens (of four blocks, where that is more).
+`transformers` and `disjoint` read the windows apart, `--batch` at a time; recurrent variants read them one after
+another, P computed at once; what does not fill such a block is left out. `growth` is the peak memory over that of a
+document of a tenth of the tokens (of four blocks, where that is more); tokens are made as they are read, so that it is
+not theirs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from torch.nn.functional import cross_entropy
 
 from recur_gpt2.accounting import Meter, flops_per_token, weight_bytes
 from recur_gpt2.configuration import RecurGPT2Config
-from recur_gpt2.losses import IGNORE, token_losses
+from recur_gpt2.losses import token_losses
 
 VARIANTS = [PEER, "disjoint", "default", "yoshida2020"]
 PEAK = "peak"  # the hidden variant that measures the chip
@@ -124,26 +125,25 @@ def measure(settings: Namespace) -> dict:
     before = resident()
     model = build_transformers(settings) if settings.variant == PEER else build_ours(settings, _recurrence(settings))
     model.to(device, torch.bfloat16 if settings.precision == "bfloat16" else None).eval()
-    inputs, targets = (tensor.to(device) for tensor in _document(model.config.vocab_size, settings))
     score = (_transformers_scorer if settings.variant == PEER else _our_scorer)(model, settings)
+    blocks = max(1, settings.tokens // (settings.block * settings.window))
     # inference mode would keep autocast from caching the cast weights
     with torch.no_grad() if settings.precision == "autocast" else torch.inference_mode():
-        part = slice(min(len(inputs), WARMUP_BATCHES * settings.block + len(inputs) % settings.block))
-        score(inputs[part], targets[part])
+        score(_document(model, settings, min(blocks, WARMUP_BATCHES)))
         synchronize(device)
         meter = Meter(model)
         with meter:
             began = time.perf_counter()
-            losses = score(inputs, targets)
+            nats = score(_document(model, settings, blocks))
             synchronize(device)
             seconds = time.perf_counter() - began
-    scored = settings.tokens - 1
+    scored = blocks * settings.block * settings.window
     return {
         "tokens_per_second": scored / seconds,
         "peak_memory_bytes": peak_memory(meter, before),
         "flops_per_second": _flops(model, settings) * scored / seconds,
         "weight_bytes": weight_bytes(model),
-        "nats": losses.double().sum().item() / scored,
+        "nats": nats.item() / scored,
     }
 
 
@@ -151,12 +151,13 @@ def _recurrence(settings):
     return "none" if settings.variant == "disjoint" else settings.variant
 
 
-def _document(vocabulary, settings):
-    """Random tokens as windows: inputs and targets (W, T), the tail padded with 0 and -100."""
-    tokens = torch.randint(vocabulary, (settings.tokens,), generator=torch.Generator().manual_seed(0))
-    padding = -(settings.tokens - 1) % settings.window
-    inputs = torch.nn.functional.pad(tokens[:-1], (0, padding)).view(-1, settings.window)
-    return inputs, torch.nn.functional.pad(tokens[1:], (0, padding), value=IGNORE).view(-1, settings.window)
+def _document(model, settings, blocks):
+    """Random tokens, a block of windows at a time: inputs and targets, each (windows, T)."""
+    size = (settings.block, settings.window + 1)
+    for seed in range(blocks):
+        generator = torch.Generator(model.device).manual_seed(seed)
+        tokens = torch.randint(model.config.vocab_size, size, generator=generator, device=model.device)
+        yield tokens[:, :-1], tokens[:, 1:]
 
 
 def _transformers_scorer(model, settings):
@@ -165,14 +166,11 @@ def _transformers_scorer(model, settings):
 
     def batch(inputs, targets):  # a function, so that one batch's logits are gone before the next one's are made
         logits = forward(inputs, use_cache=False).logits.float()
-        return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").sum(dtype=torch.float64)
 
-    def score(inputs, targets):
-        losses = torch.empty(targets.shape, device=targets.device)
+    def score(document):
         with _autocast(model, settings):
-            for rows in _blocks(inputs, settings):
-                losses[rows] = batch(inputs[rows], targets[rows])
-        return losses
+            return sum(batch(inputs, targets) for inputs, targets in document)
 
     return score
 
@@ -183,26 +181,22 @@ def _our_scorer(model, settings):
     apart = settings.variant == "disjoint"
     head = model.lm_head.weight
 
-    def score(inputs, targets):
-        losses, state = torch.empty(targets.shape, device=targets.device), None
+    def score(document):
+        nats, state = 0, None
         weight = head.to(torch.bfloat16) if settings.precision == "autocast" else head
         with _autocast(model, settings):
-            for rows in _blocks(inputs, settings):
-                ids = inputs[rows].unsqueeze(1 if apart else 0)  # (P, 1, T) or (1, P, T)
+            for inputs, targets in document:
+                ids = inputs.unsqueeze(1 if apart else 0)  # (P, 1, T) or (1, P, T)
                 hidden, state = read(ids, torch.zeros(ids.shape[:2], dtype=torch.bool), None if apart else state)
-                each = token_losses(hidden.to(weight.dtype), weight, targets[rows].view_as(ids))
-                losses[rows] = each.view(-1, settings.window)
-        return losses
+                each = token_losses(hidden.to(weight.dtype), weight, targets.reshape(ids.shape))
+                nats += each.sum(dtype=torch.float64)
+        return nats
 
     return score
 
 
 def _autocast(model, settings):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "autocast")
-
-
-def _blocks(inputs, settings):
-    return [slice(first, first + settings.block) for first in range(0, len(inputs), settings.block)]
 
 
 def _flops(model, settings):
