@@ -3,7 +3,8 @@
     python -m recur_gpt2.fresh_measurements '{"model": "data/gpt2-mini", "task": "train", ...}'
 
 prints one JSON object. Tokens are random: neither memory nor speed depends on them. With a budget, the system refuses
-the process more (RLIMIT_DATA), and running out of memory is a result like any other. Not for quality.
+the process much more (RLIMIT_DATA), and running out of it, there or by what was in use, is a result like any other. Not
+for quality.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from .configuration import RecurGPT2Config
 from .memory import Workload
 
 # The limit counts what is reserved, used or not: stacks of the threads that a run starts, of eight megabytes each, and
-# oneDNN's code, of which it reserves tens of megabytes, more or fewer by the processor, and uses one.
-RESERVED = 128 * 2**20
+# oneDNN's code, a fraction of a megabyte for each of up to 1,024 products, how much depends on the processor: 60 MiB on
+# one that used one of them, and more on another.
+RESERVED = 256 * 2**20
 OK, OUT_OF_MEMORY, FAILED = "ok", "out of memory", "failed"
 OUT_OF_MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate", "bad_alloc", "MemoryError", "create a primitive")
 
@@ -91,7 +93,8 @@ def _amount(budget):
 
 
 def limit_memory(budget: int | None) -> int:
-    """Warm up, and let the system refuse this process more than `budget` bytes from now on (Linux; None: no limit).
+    """Warm up, and let the system refuse this process more than `budget` bytes in use from now on, beside what is only
+    reserved (Linux; None: no limit).
 
     Returns:
         Resident bytes now: what the interpreter and the libraries take.
