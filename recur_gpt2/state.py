@@ -143,11 +143,13 @@ class RecurState:
         """Read what `save` wrote.
 
         Raises:
-            InputError: the file is damaged or holds something else.
+            InputError: there is no such file, or it is damaged or holds something else.
         """
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except FileNotFoundError:
+            raise InputError(f"there is no state file {path}; give one that `save` or --state-out wrote") from None
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is not a readable state file ({error}); save the state again") from error
         if not {"windows", "filled"} <= tensors.keys():

@@ -101,6 +101,8 @@ def run_sweep(args: SweepArguments) -> list[dict]:
         KeyboardInterrupt: after Ctrl-C, with all rows so far recorded and reported.
     """
     points = _points(args)
+    if points.scored:
+        points.models.check_data((METHODS[name], window) for name, window in product(args.methods, args.windows))
     settings = _settings(args)
     rows = _claim(args, settings)
     try:

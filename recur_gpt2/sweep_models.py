@@ -14,12 +14,15 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .corpora import load_corpus
 from .errors import InputError
 from .fresh_runs import finetuned
 from .initialization import load_config
+from .loading import load_tokenizer
 from .recommendation import SEGMENT, STEP_TOKENS, t2r_flags
 
 LANES = 8  # of a finetuning, with fewer where a window is long: what `recur-gpt2 finetune` has
@@ -83,6 +86,17 @@ class SweepModels:
     device: str = "auto"
     most_lanes: int = LANES
     """Of a finetuning: no more than there are documents."""
+
+    def check_data(self, kinds: Iterable[tuple[Method, int]]) -> None:
+        """Find the text that these methods at these windows are finetuned on, if a model is missing, and scored on.
+
+        Raises:
+            InputError: there is none; better said once than by every process of a sweep.
+        """
+        tokenizer = load_tokenizer(self.model)
+        splits = ["train"] if any(self.missing(*kind) for kind in kinds) else []
+        for split in [*splits, self.eval_split]:
+            load_corpus(self.data, split, tokenizer)
 
     def path(self, method: Method, window: int) -> Path:
         """Where the model of a method lies; finetuned if nothing is there.

@@ -222,6 +222,9 @@ def test_a_damaged_file_is_refused_by_name(make_model, tmp_path):
     path.write_bytes(b"")
     with pytest.raises(InputError, match="not a readable state file"):
         RecurState.load(path)
+    path.unlink()
+    with pytest.raises(InputError, match=r"there is no state file .*state\.safetensors; give one that"):
+        RecurState.load(path)
 
 
 def test_another_files_tensors_are_refused(tmp_path):

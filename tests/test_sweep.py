@@ -59,6 +59,7 @@ def finetunings(monkeypatch):
 
     monkeypatch.setattr(sweep_models, "finetuned", finetuned)
     monkeypatch.setattr(SweepModels, "quality", quality)
+    monkeypatch.setattr(SweepModels, "check_data", lambda *_: None)
     monkeypatch.setattr(sweep_models, "load_config", lambda folder: FakeConfig(folder))
     return done
 
@@ -211,6 +212,14 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_one_that_was_not(tmp_path, mon
     assert len(jobs) == count, "nothing is measured again"
     run_sweep(arguments(tmp_path, resume=True, budgets=[100 * MIB, 400 * MIB, 500 * MIB]))
     assert {job.budget for job in jobs[count:]} == {500 * MIB}
+
+
+def test_text_that_is_not_there_is_said_before_anything_is_done(tmp_path, jobs):
+    args = SweepArguments(MODEL, str(tmp_path / "nowhere.txt"), tmp_path / "sweep", windows=[64])
+    with pytest.raises(InputError, match=r"nowhere\.txt' is neither a file"):
+        run_sweep(args)
+    assert not jobs
+    assert not args.output_dir.exists()
 
 
 def test_a_failure_is_a_row_and_is_tried_again(tmp_path, monkeypatch, jobs, finetunings):
