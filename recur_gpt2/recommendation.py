@@ -29,7 +29,7 @@ SEGMENT = 4  # K, windows that gradients reach back over
 BLOCK_TOKENS = 2048  # read at once without gradients: as fast as more on a CPU
 COMMANDS = {"train": "finetune", "score": "evaluate", "embed": "embed", "generate": "generate"}
 MARGIN = 1.1  # what fits must fit with so much room: the formulas are right to a tenth
-DOCUMENTS = 64 * 2**20  # beside the model: tokenizer, documents, logs, threads
+DOCUMENTS = 96 * 2**20  # beside the model: tokenizer, documents, logs, threads; 77 where the text is tokenised first
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 

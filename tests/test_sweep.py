@@ -306,13 +306,13 @@ def test_models_that_lie_there_are_used_if_they_are_what_they_should_be(tmp_path
 def test_the_best_measured_point_within_the_budget_is_recommended(tmp_path, jobs, finetunings):
     args = arguments(tmp_path, methods=["disjoint", "overlap", "recurrent"], budgets=[200 * MIB, 1000 * MIB])
     rows = [row for row in run_sweep(args) if "nats" in row]
-    for budget in (80, 120, 200, 1000):
+    for budget in (110, 150, 230, 1000):
         row, found = best_measured(args.output_dir, budget * MIB, "train")
-        within = [each for each in rows if 1.1 * each["peak_memory_bytes"] + 64 * MIB <= budget * MIB]
+        within = [each for each in rows if 1.1 * each["peak_memory_bytes"] + 96 * MIB <= budget * MIB]
         assert row["nats"] == min(each["nats"] for each in within)
         assert (found.config.window, found.workload.lanes) == (row["window"], row["settings"]["lanes"])
         assert found.config.is_recurrent == (row["method"] == "recurrent")
-    with pytest.raises(InputError, match="the least is 75 MiB"):
+    with pytest.raises(InputError, match="the least is 107 MiB"):
         best_measured(args.output_dir, 70 * MIB, "train")
     with pytest.raises(InputError, match="give --task train"):
         best_measured(args.output_dir, 200 * MIB, "score")
