@@ -152,10 +152,10 @@ def _recurrence(settings):
 
 
 def _document(model, settings, blocks):
-    """Random tokens, a block of windows at a time: inputs and targets, each (windows, T)."""
+    """Random tokens, the same for all P on a CPU, a block of windows at a time: inputs and targets, each (P, T)."""
+    generator = torch.Generator(model.device).manual_seed(0)
     size = (settings.block, settings.window + 1)
-    for seed in range(blocks):
-        generator = torch.Generator(model.device).manual_seed(seed)
+    for _ in range(blocks):
         tokens = torch.randint(model.config.vocab_size, size, generator=generator, device=model.device)
         yield tokens[:, :-1], tokens[:, 1:]
 

@@ -85,16 +85,17 @@ def test_training_ends_in_one_json_object(tmp_path):
 
 @pytest.mark.slow
 def test_scoring_ends_in_one_json_object():
-    options = ["--tokens", "2000", "--windows", "32", "--parallel-windows", "4"]
+    options = ["--tokens", "2048", "--windows", "32", "--parallel-windows", "1", "4"]
     done = bench("bench_scoring.py", *options, "--variants", "transformers", "disjoint", "default")
     result = last_line(done)
     assert {"benchmark", "settings", "machine", "peak_tflops", "windows"} <= result.keys()
     rows = result["windows"]["32"]
-    assert list(rows) == ["transformers", "disjoint", "default_p4"]
+    assert list(rows) == ["transformers", "disjoint", "default_p1", "default_p4"]
     for row in rows.values():
         assert row.keys() >= MEASURED | {"growth", "nats"}
     nats = {name: row["nats"]["median"] for name, row in rows.items()}
     assert nats["disjoint"] == pytest.approx(nats["transformers"], rel=1e-5), "both must score the same tokens"
+    assert nats["default_p4"] == pytest.approx(nats["default_p1"], rel=1e-5), "P must not change the result"
 
 
 def run_script(script, *options):

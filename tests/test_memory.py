@@ -32,7 +32,7 @@ TRAINING = {
     "recomputation": (256, "default", Workload("train", 2, 8, True, "bfloat16"), {}),
     "several segments": (256, "default", Workload("train", 1, 4, False, "float32", accumulate=2), {}),
     "several, 16 bit": (128, "default", Workload("train", 4, 4, False, "bfloat16", accumulate=2), {}),
-    "several, recomputed": (512, "default", Workload("train", 1, 2, True, "bfloat16", accumulate=2), {}),
+    "several, recomputed": (1024, "default", Workload("train", 1, 2, True, "bfloat16", accumulate=2), {}),
     "t2r": (256, "none", Workload("train", 2, 2, False, "float32"), {"linear_layers": "all"}),
     "near": (256, "default", Workload("train", 1, 2, False, "float32"), {"linear_layers": "all", "near_tokens": 64}),
 }
