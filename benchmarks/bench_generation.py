@@ -40,6 +40,7 @@ from common import (
 from transformers import DynamicCache
 
 from recur_gpt2.accounting import Meter, peak_resident
+from recur_gpt2.generation import CACHE
 
 PROMPT = 16  # tokens
 MIB = 2**-20
@@ -253,7 +254,7 @@ def _drop_half(model, ids, count, *, draw=_greedy):
     for _ in range(count):
         if cache.get_seq_length() + unread.shape[1] > model.config.n_positions:
             cache, unread = DynamicCache(config=model.config), ids[:, -model.config.n_positions // 2 :]
-        logits = model(unread, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(unread, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
         unread = draw(logits)
         ids = torch.cat((ids, unread), dim=1)
     return ids
@@ -265,8 +266,8 @@ def _loop(model, ids, count, *, draw=_greedy):
     torch.manual_seed(0)
     cache, unread = None, ids
     for _ in range(count):
-        out = model(unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, unread = out.past_key_values, draw(out.logits[:, -1])
+        out = model(unread, cache=cache, use_cache=True, logits_to_keep=1)
+        cache, unread = out[CACHE], draw(out.logits[:, -1])
         ids = torch.cat((ids, unread), dim=1)
     return ids
 

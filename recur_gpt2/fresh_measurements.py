@@ -219,11 +219,13 @@ def _embed(model, job):
 @torch.no_grad()
 def _generate(model, job):
     """A prompt of some windows read, then text written after it, in every lane. Weights in 16 bit, if it is that."""
+    from .generation import CACHE
+
     model = model.to(_dtype(job) or torch.float32)
     prompt = torch.zeros(job.workload.lanes, job.workload.windows * job.window, dtype=torch.int64, device=job.device)
     new = max(2, job.length or 2 * job.window)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": model.config.vocab_size - 1}
-    state = model(prompt, use_cache=True, logits_to_keep=1).past_key_values.state()
+    state = model(prompt, use_cache=True, logits_to_keep=1)[CACHE].state()
     began = time.perf_counter()
     model.generate(prompt[:, -1:], state=state, max_new_tokens=new, **options)
     return job.workload.lanes * new / (time.perf_counter() - began)

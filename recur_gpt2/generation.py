@@ -4,23 +4,31 @@ What `generate` carries from token to token is a `RecurCache`: the buffers of a 
 seen. It is changed in place; `RecurCache.state()` copies a RecurState out of it, to keep, save or branch from. Not for
 what a token does inside the model: decoding.py and modeling.py.
 
+All that touches transformers' `generate` and `Cache` stands here. It was run with transformers 5.17.0, 5.18.0, 5.19.0,
+5.20.2, 5.21.1, 5.22.2, 5.23.0 and 5.24.0. In 5.24 `past_key_values` became `cache`, in outputs, arguments and
+`generate`: CACHE is the word of the version at hand, and both are taken as arguments.
+
 B rows, N places, T tokens a window, D model width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, GenerationMixin, PreTrainedTokenizerBase
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import ModelOutput
 
 from .decoding import Decoder
 from .errors import InputError
-from .outputs import RecurGPT2LMOutput
 from .state import RecurState
 
+OLD_CACHE, NEW_CACHE = "past_key_values", "cache"
+CACHE = NEW_CACHE if NEW_CACHE in {field.name for field in fields(GenerateDecoderOnlyOutput)} else OLD_CACHE
 PARALLEL_WINDOWS = 4  # of a prompt, read at once
 NOT_POSSIBLE = {
     "inputs_embeds": "windows are read from tokens; give input_ids",
@@ -30,6 +38,36 @@ NOT_POSSIBLE = {
     "output_attentions": "attention weights are never built; leave it out",
     "cache_implementation": "the state of a window is the only cache; leave it out",
 }
+
+
+@dataclass
+class RecurGPT2LMOutput(ModelOutput):
+    """Output of RecurGPT2LMHeadModel.
+
+    Attributes:
+        loss: () mean cross-entropy in nats over the labels that are scored; only with labels.
+        logits: (B, N, V).
+        state: to go on from.
+        hidden_states: as in RecurGPT2Output.
+        cache: what `generate` goes on from, in place of a state; only with `use_cache`. Before transformers 5.24 it is
+            called `past_key_values`, as in its own outputs.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: RecurState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    if CACHE == NEW_CACHE:
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None
+
+
+def given_cache(cache: RecurCache | None, past_key_values: RecurCache | None) -> RecurCache | None:
+    """The one that was given, under the new word or the old one. Raises InputError for both."""
+    if cache is not None and past_key_values is not None:
+        raise InputError(f"{NEW_CACHE} and {OLD_CACHE} are two words for one thing; give one of them")
+    return past_key_values if cache is None else cache
 
 
 class RecurCache(Cache):
@@ -118,6 +156,15 @@ class RecurCache(Cache):
     def is_croppable(self) -> bool:
         return False
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for each layer: transformers 5.24 cuts off what a cache has read already, unless all are linear."""
+        return [False] * len(self)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self)
+
 
 class RecurGeneration(GenerationMixin):
     """`generate` and `read` of RecurGPT2LMHeadModel."""
@@ -135,18 +182,22 @@ class RecurGeneration(GenerationMixin):
             inputs: (B, N) prompt of any length, padded on the left.
             state: where the prompts' documents go on from. A state of fewer rows goes to several prompts each: one row
                 to all of them. Prompts hold only what comes after it, and `attention_mask` is theirs.
-            The other arguments are transformers'. With `return_dict_in_generate`, `past_key_values` is a RecurCache:
-                to be given again with the whole text so far, or its `state()` with what comes after what it has read.
+            The other arguments are transformers'. With `return_dict_in_generate`, the cache in the result (`cache`;
+                `past_key_values` before transformers 5.24) is a RecurCache: to be given again with the whole text so
+                far, or its `state()` with what comes after what it has read.
 
         Raises:
             InputError: what windows do not allow: `inputs_embeds`, assisted decoding, attention weights, another kind
                 of cache, padding behind a prompt.
         """
         _check(kwargs)
-        if isinstance(kwargs.get("past_key_values"), RecurState):
-            state = kwargs.pop("past_key_values")
+        cache = given_cache(kwargs.pop(NEW_CACHE, None), kwargs.pop(OLD_CACHE, None))
+        if isinstance(cache, RecurState):
+            cache, state = None, cache
         if state is not None:
-            kwargs["past_key_values"] = RecurCache(self, state)
+            cache = RecurCache(self, state)
+        if cache is not None:
+            kwargs[CACHE] = cache
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -159,14 +210,15 @@ class RecurGeneration(GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
         is_first_iteration: bool = False,
+        cache: RecurCache | None = None,
     ) -> dict:
         """What transformers calls `forward` with, for the places that were not read yet."""
+        cache = given_cache(cache, past_key_values)
         if next_sequence_length is not None:
             if next_sequence_length < 1:
                 raise InputError(
-                    f"past_key_values has read {past_key_values.get_seq_length()} places and input_ids hold "
-                    f"{input_ids.shape[1]}; give the whole text so far, or state=past_key_values.state() and what "
-                    f"comes after it"
+                    f"{CACHE} has read {cache.get_seq_length()} places and input_ids hold {input_ids.shape[1]}; give "
+                    f"the whole text so far, or state={CACHE}.state() and what comes after it"
                 )
             input_ids = input_ids[:, -next_sequence_length:]
         if attention_mask is not None:
@@ -174,7 +226,7 @@ class RecurGeneration(GenerationMixin):
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
             "output_hidden_states": output_hidden_states,
@@ -247,7 +299,7 @@ class RecurGeneration(GenerationMixin):
             else:
                 cache.go_on(state, seen=places)
         logits = self.lm_head(kept_places(hidden, logits_to_keep))
-        return RecurGPT2LMOutput(logits=logits, hidden_states=layers, past_key_values=cache)
+        return RecurGPT2LMOutput(logits=logits, hidden_states=layers, **{CACHE: cache})
 
     def _read_on(self, input_ids, attention_mask, state, logits_to_keep, parallel_windows):
         """Read a batch in pieces -> hidden states (B, N', D), of few places if few are wanted; state."""

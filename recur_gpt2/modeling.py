@@ -24,12 +24,20 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from .configuration import OWN_FIELDS, RecurGPT2Config, with_window
 from .errors import InputError
 from .feature_maps import FeatureMap
-from .generation import PARALLEL_WINDOWS, RecurCache, RecurGeneration, kept_places
+from .generation import (
+    CACHE,
+    PARALLEL_WINDOWS,
+    RecurCache,
+    RecurGeneration,
+    RecurGPT2LMOutput,
+    given_cache,
+    kept_places,
+)
 from .initialization import fit_feature_maps, fit_slots, load_gpt2
 from .layers import STATE_DECAY, RecurGPT2Block, is_new
 from .losses import IGNORE, summed_loss
 from .near_attention import FarGate
-from .outputs import RecurGPT2LMOutput, RecurGPT2Output
+from .outputs import RecurGPT2Output
 from .padding import Packing
 from .products import Head
 from .reading import FreshWindows, ResumedWindows
@@ -311,26 +319,29 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool = True,
+        cache: RecurCache | None = None,
     ) -> RecurGPT2LMOutput:
         """Read any number of tokens and predict each one's successor.
 
         Args:
             labels: (B, N) int64, as `input_ids`: they are shifted inside, so that the first one is predicted by no
                 position. -100 is not scored, nor is padding.
-            past_key_values: what `generate` carries, in place of a state; it is changed, and returned.
-            use_cache: True: return `past_key_values` in place of a state; False: neither.
+            cache: what `generate` carries, in place of a state; it is changed, and returned.
+            past_key_values: the same, under its name before transformers 5.24.
+            use_cache: True: return a cache in place of a state; False: neither.
             logits_to_keep: predict at the last so many places alone, or at these; 0 for all.
             return_dict: what transformers calls with; there is no other form.
             The other arguments are those of RecurGPT2Model.
 
         Raises:
-            InputError: as RecurGPT2Model, or labels of another shape, or with `past_key_values`.
+            InputError: as RecurGPT2Model, or labels of another shape, or with a cache.
         """
-        if past_key_values is not None or use_cache:
-            if labels is not None or (past_key_values is not None and state is not None):
-                raise InputError("past_key_values cannot be combined with labels or a state; give a state in its place")
+        cache = given_cache(cache, past_key_values)
+        if cache is not None or use_cache:
+            if labels is not None or (cache is not None and state is not None):
+                raise InputError(f"{CACHE} cannot be combined with labels or a state; give a state in its place")
             windows = max(parallel_windows, PARALLEL_WINDOWS)
-            cached = input_ids, attention_mask, past_key_values, state, logits_to_keep, windows, output_hidden_states
+            cached = input_ids, attention_mask, cache, state, logits_to_keep, windows, output_hidden_states
             return self._generated(*cached)
         if labels is not None and labels.shape != input_ids.shape:
             raise InputError(

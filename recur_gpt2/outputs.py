@@ -1,11 +1,10 @@
-"""What the models return."""
+"""What the transformer returns; what the model with a head does is in generation.py, where its cache is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import Cache
 from transformers.utils import ModelOutput
 
 from .state import RecurState
@@ -25,22 +24,3 @@ class RecurGPT2Output(ModelOutput):
     last_hidden_state: Tensor | None = None
     state: RecurState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class RecurGPT2LMOutput(ModelOutput):
-    """Output of RecurGPT2LMHeadModel.
-
-    Attributes:
-        loss: () mean cross-entropy in nats over the labels that are scored; only with labels.
-        logits: (B, N, V).
-        state: to go on from.
-        hidden_states: as in RecurGPT2Output.
-        past_key_values: what `generate` goes on from, in place of a state; only with `use_cache`.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    state: RecurState | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    past_key_values: Cache | None = None

@@ -74,7 +74,7 @@ class Writing:
             out = self.model.generate(
                 self._last,
                 attention_mask=torch.ones_like(self._last),
-                past_key_values=self._cache,
+                cache=self._cache,
                 max_new_tokens=max_new_tokens,
                 streamer=TextStream(self.tokenizer, stream),
                 stopping_criteria=StoppingCriteriaList([stop]),

@@ -1,17 +1,19 @@
 """generation.py: transformers' generate() picks what full recomputation picks, for any length and from any state."""
 
+import logging
+
 import pytest
 import torch
 from conftest import ALL_FORMS, GPT2_OPTIONS, WINDOW, assert_same_state, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from recur_gpt2 import RecurState
 from recur_gpt2.errors import InputError
-from recur_gpt2.generation import RecurCache
+from recur_gpt2.generation import CACHE, RecurCache
 
 all_forms = st.sampled_from(list(ALL_FORMS))
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -111,21 +113,53 @@ def test_what_generate_returns_can_be_gone_on_with(make_model):
     model, ids = make_model("default"), random_ids(2, WINDOW + 2)
     expected = recomputed(model, ids, 3 * WINDOW)
     out = generate(model, ids, max_new_tokens=WINDOW, return_dict_in_generate=True, **GREEDY)
-    assert isinstance(out.past_key_values, RecurCache)
-    state = out.past_key_values.state()
+    assert isinstance(out[CACHE], RecurCache)
+    state = out[CACHE].state()
     assert_same_state(state, model(out.sequences[:, :-1]).state, **EXACT)
     tail = generate(model, out.sequences[:, -1:], state=state, max_new_tokens=2 * WINDOW, **GREEDY)
     assert tail[:, 1:].equal(expected[:, -2 * WINDOW :])
-    more = {"past_key_values": out.past_key_values, "max_new_tokens": 2 * WINDOW}
+    more = {CACHE: out[CACHE], "max_new_tokens": 2 * WINDOW}
     assert generate(model, out.sequences, **more, **GREEDY).equal(expected)
     with pytest.raises(InputError, match="has read"):
         generate(model, out.sequences[:, :5], **more, **GREEDY)
 
 
+def test_the_cache_has_the_name_that_transformers_own_outputs_give_it(make_model):
+    """`cache` from 5.24 on, `past_key_values` before; both are taken as arguments, and neither with a warning."""
+    plain = GPT2LMHeadModel(GPT2Config(**GPT2_OPTIONS))
+    model, ids = make_model("default"), random_ids(1, 3)
+    ours, theirs = model(ids, use_cache=True), plain(ids, use_cache=True)
+    assert CACHE in theirs
+    assert CACHE in ours
+    reread = model(torch.cat((ids, ids), dim=1)).logits[:, -3:]
+    for name in ("cache", "past_key_values"):
+        out = model(ids, **{name: RecurCache(model, ours[CACHE].state())})
+        assert_close(out.logits, reread, **EXACT)
+    with pytest.raises(InputError, match="two words for one thing"):
+        model(ids, cache=ours[CACHE], past_key_values=ours[CACHE])
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generate_takes_a_cache_or_a_state_under_either_name_without_a_warning(make_model, name, caplog):
+    model, ids = make_model("default"), random_ids(1, WINDOW + 3)
+    expected = recomputed(model, ids, 4)
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        cache = model(ids[:, :-1], use_cache=True)[CACHE]
+        state = cache.state()
+        assert generate(model, ids, max_new_tokens=4, **{name: cache}, **GREEDY).equal(expected)
+        more = generate(model, ids[:, -1:], max_new_tokens=4, **{name: state}, **GREEDY)
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert more[:, 1:].equal(expected[:, -4:])
+    assert not [record for record in caplog.records if "deprecated" in record.getMessage()]
+
+
 def test_the_cache_does_not_grow(make_model):
     model, ids = make_model("t2r, default"), random_ids(2, WINDOW + 1)
     sizes = {
-        generate(model, ids, max_new_tokens=n, return_dict_in_generate=True, **GREEDY).past_key_values.nbytes
+        generate(model, ids, max_new_tokens=n, return_dict_in_generate=True, **GREEDY)[CACHE].nbytes
         for n in (WINDOW, 10 * WINDOW)
     }
     assert len(sizes) == 1
@@ -220,9 +254,9 @@ def test_other_bad_input_is_refused(make_model):
         model.read([1, 2], RecurState.empty(2))
     with pytest.raises(InputError, match="labels"):
         model(random_ids(1, 3), labels=random_ids(1, 3), use_cache=True)
-    cache = model(random_ids(1, 3), use_cache=True).past_key_values
+    cache = model(random_ids(1, 3), use_cache=True)[CACHE]
     with pytest.raises(InputError, match="forgotten"):
         cache.crop(1)
     cache.reset()
     assert cache.get_seq_length() == 0
-    assert_close(model(random_ids(1, 3), past_key_values=cache).logits, model(random_ids(1, 3)).logits, **EXACT)
+    assert_close(model(random_ids(1, 3), cache=cache).logits, model(random_ids(1, 3)).logits, **EXACT)

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from recur_gpt2 import products
+from recur_gpt2.generation import CACHE
 from recur_gpt2.products import FEW_ROWS, Head, Projection
 
 needs_onednn = pytest.mark.skipif(not products.ONEDNN, reason="this PyTorch was built without oneDNN")
@@ -94,9 +95,9 @@ def test_a_token_of_a_model_goes_that_way_and_means_the_same(make_model):
     model, exact = make_model(dtype=torch.float32), make_model()
     ids = random_ids(2, 11)
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = model(ids, use_cache=True)[CACHE]
         with Calls() as calls:
-            logits = model(ids[:, :1], past_key_values=cache, use_cache=True).logits
+            logits = model(ids[:, :1], cache=cache, use_cache=True).logits
         assert calls.quick
         reread = exact(torch.cat((ids, ids[:, :1]), dim=1)).logits[:, -1:]
     torch.testing.assert_close(logits.double(), reread, rtol=1e-4, atol=1e-4)
