@@ -18,6 +18,7 @@ import torch
 from . import near_attention
 from .allocator import release_memory
 from .configuration import RecurGPT2Config
+from .feature_maps import FEATURE_MAPS
 from .linear_attention import CHUNK
 
 STATUS = Path("/proc/self/status")
@@ -76,12 +77,7 @@ def _recomputed_flops(config):
 def head_features(config: RecurGPT2Config) -> tuple[int, int, int]:
     """d, k and rows of a head's feature matrix."""
     head = config.n_embd // config.n_head
-    features = head if config.feature_map == "elu" else config.feature_size
-    return (
-        head,
-        features,
-        {"t2r": features, "hedgehog": features // 2, "rfa": features // 2, "elu": 0}[config.feature_map],
-    )
+    return head, *FEATURE_MAPS[config.feature_map].sizes(head, config.feature_size)
 
 
 def _reading_flops(config, *, linear):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import InputError
+from .files import clear_unfinished, whole_folder
 from .processes import Processes
 from .state import RecurState
 from .windows import LanePosition
@@ -55,6 +55,23 @@ class Checkpoints:
         found = self._whole()
         return found[-1] if found else None
 
+    def check(self, *, resume: bool) -> None:
+        """Whether a run may begin here, or go on with `resume`; changes nothing.
+
+        Raises:
+            InputError: there are checkpoints and they are not to be resumed, or they are of other settings.
+        """
+        newest = self.latest()
+        if newest is None:
+            return
+        if not resume:
+            raise InputError(
+                f"{self.folder.parent} already holds a run's checkpoints; resume that run or give another --output-dir"
+            )
+        with _refusing_damage(newest):
+            settings = json.loads((newest / "run.json").read_text(encoding="utf-8"))["settings"]
+        self._check(settings)
+
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
         """Write a checkpoint; an older one is deleted only when the new one is whole. Every process calls it.
 
@@ -75,19 +92,15 @@ class Checkpoints:
         folder = self.latest()
         if folder is None:
             return None
-        try:
+        self.check(resume=True)
+        with _refusing_damage(folder):
             meta = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             weights = load_file(folder / "model.safetensors", device=str(device))
             tensors = load_file(folder / "optimizer.safetensors")
             random = load_file(folder / "random.safetensors")
             state = RecurState.load(folder / "state.safetensors", device)
-            settings, checkpoint = meta["settings"], Checkpoint(**meta["run"])
+            checkpoint = Checkpoint(**meta["run"])
             positions = [LanePosition(**position) for position in meta["positions"]]
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"checkpoint {folder} is damaged ({error}); delete it to go on from the one before"
-            ) from error
-        self._check(settings)
         model.to(device)
         model.load_state_dict(weights, strict=False)
         _restore_optimizer(optimizer, tensors)
@@ -100,7 +113,7 @@ class Checkpoints:
         return checkpoint
 
     def _whole(self):
-        return sorted(folder for folder in self.folder.glob("step-*") if folder.suffix != ".unfinished")
+        return sorted(self.folder.glob(f"step-{'[0-9]' * 8}"))
 
     def _check(self, saved):
         differing = [key for key in self.settings if saved.get(key) != self.settings[key]]
@@ -129,6 +142,7 @@ class Checkpoints:
 
     def _save(self, model, optimizer, checkpoint, state, positions, random):
         try:
+            clear_unfinished(self.folder, "step-*")
             with whole_folder(self.folder / f"step-{checkpoint.step:08d}") as folder:
                 save_file(_named_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
                 save_file(_optimizer_tensors(optimizer), folder / "optimizer.safetensors")
@@ -148,20 +162,11 @@ class Checkpoints:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write files in, which takes `target`'s place if the block succeeds and vanishes if it does not."""
-    unfinished = target.with_name(f"{target.name}.unfinished")
+def _refusing_damage(folder):
     try:
-        for rest in target.parent.glob("*.unfinished"):  # of a run that was killed while it wrote
-            shutil.rmtree(rest)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if target.exists():
-            shutil.rmtree(target)
-        unfinished.rename(target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"checkpoint {folder} is damaged ({error}); delete it to go on from the one before") from error
 
 
 def _named_weights(model):

@@ -1,7 +1,7 @@
 """The command line: `recur-gpt2 finetune | evaluate | convert | embed | search | generate | recommend | sweep`.
 
-Parses, calls, prints. Bad input ends in one sentence and exit status 2, Ctrl-C in status 130. Where several processes
-were started, the main one prints.
+Parses, calls, prints. Bad input ends in one sentence and exit status 2, Ctrl-C in status 130, output that nobody reads
+any more in status 141. Where several processes were started, the main one prints.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .cli_budget import add_recommend_arguments, add_sweep_arguments, run_recomm
 from .cli_generate import add_generate_arguments, run_generate
 from .errors import InputError
 
+BROKEN_PIPE = 141  # exit status, as of a program that the system ends for it
 ATTENTION_DEFAULTS = {"feature_map": "t2r", "feature_size": 32, "near_tokens": 0, "carry_linear_state": False}
 T2R_DEFAULTS = {"t2r_layers": ["all"]} | ATTENTION_DEFAULTS
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "data" / "gpt2-mini"
@@ -77,6 +79,10 @@ def guarded(run: Callable[[], None]) -> int:
 
     try:
         run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return BROKEN_PIPE
     except ElsewhereError:
         return 2
     except InputError as error:
@@ -89,6 +95,12 @@ def guarded(run: Callable[[], None]) -> int:
     finally:
         leave()
     return 0
+
+
+def _discard_output():
+    """Nobody reads what is printed (`| head`): what is still held back must not fail when the process ends."""
+    with suppress(OSError, ValueError):  # where stdout is no file of the system
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_main():
@@ -221,7 +233,12 @@ def _add_evaluate_arguments(parser):
     add = parser.add_argument
     add("--model", default=str(BUNDLED_MODEL), help="GPT-2 or recur_gpt2 model: hub id or folder")
     add("--data", default="pg19-sample", help="documents, as for finetune (default: pg19-sample)")
-    add("--split", default="test", choices=["train", "validation", "test"], help="default: test")
+    add(
+        "--split",
+        default="all",
+        choices=["train", "validation", "test", "all"],
+        help="all: the test split; of files or a folder without splits of their own, everything (default)",
+    )
     add("--window", type=int, help="T; default: the model's own, or 256 for a GPT-2")
     add("--recurrence", default="none", help="for a GPT-2: score it with this recurrence, untrained (default: none)")
     add(
@@ -243,10 +260,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
         return  # one process evaluates
     import json
 
-    from .files import atomic_write_text
+    from .files import atomic_write_text, check_can_write
     from .report import format_table
     from .scoring import evaluate_model
 
+    if args.json:
+        check_can_write(args.json)
     scored = evaluate_model(
         args.model,
         args.data,
@@ -260,9 +279,10 @@ def run_evaluate(args: argparse.Namespace) -> None:
         precision=args.precision,
         device=args.device,
     )
-    print(format_table(scored["rows"]))
     if args.json:
         atomic_write_text(args.json, json.dumps(scored, indent=1) + "\n")
+    print(scored["split_rule"] or f"{len(scored['tokens_by_document'])} documents of {args.data}", file=sys.stderr)
+    print(format_table(scored["rows"]))
 
 
 def _add_convert_arguments(parser):
@@ -277,11 +297,13 @@ def _add_convert_arguments(parser):
 def run_convert(args: argparse.Namespace) -> None:
     """Convert a model and save it."""
     from .conversion import convert_to_t2r
+    from .files import check_can_write
     from .layers import is_feature_map
     from .loading import load_any, load_tokenizer, save_model
 
     if args.output.exists():
         raise InputError(f"{args.output} exists already; give another --output")
+    check_can_write(args.output, folder=True)
     tokenizer = load_tokenizer(args.model)
     model = load_any(args.model, args.window, args.recurrence)
     options = {key: getattr(args, key) for key in ATTENTION_DEFAULTS}
@@ -326,11 +348,12 @@ def run_embed(args: argparse.Namespace) -> None:
     """Embed documents into a Parquet file."""
     from .embedding import DocumentEmbedder, checked_layer
     from .embedding_files import embed_texts
+    from .files import check_can_write
     from .sources import find_sources
 
+    check_can_write(args.output)
     sources = find_sources(args.inputs, args.split)
-    device = None if args.device == "auto" else args.device
-    embedder = DocumentEmbedder.from_pretrained(args.model, args.window, device, args.precision)
+    embedder = DocumentEmbedder.from_pretrained(args.model, args.window, args.device, args.precision)
     settings = {key: getattr(args, key) for key in ("model", "pooling", "normalize", "precision")}
     settings["layer"] = checked_layer(embedder.model, args.layer)
     embedded, total = embed_texts(
@@ -359,7 +382,7 @@ def run_search(args: argparse.Namespace) -> None:
     """Print the documents that are nearest to a text."""
     from .search import nearest
 
-    found = nearest(args.files, args.query_file, args.k, args.model, None if args.device == "auto" else args.device)
+    found = nearest(args.files, args.query_file, args.k, args.model, args.device)
     print(f"{'rank':>4}  {'cosine':>7}  {'characters':>10}  id")
     for rank, row in enumerate(found, start=1):
         print(f"{rank:>4}  {row.cosine:>7.4f}  {row.characters:>10,}  {row.id}")

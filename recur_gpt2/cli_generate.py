@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from .errors import InputError
+from .errors import LARGEST_FLOAT, LARGEST_SEED, InputError, check_range
+from .files import check_can_write
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser, *, model: str) -> None:
@@ -47,19 +48,24 @@ def run_generate(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         written = writing.write(args.max_new_tokens, _print, **_options(args))
         seconds = time.perf_counter() - began
-        print()
+    if args.state_out is not None:  # before anything is printed: nobody may read it any more
+        writing.save(args.state_out)
+    if args.max_new_tokens:
+        print(flush=True)
         short = f", stopped before {args.max_new_tokens:,}" if written < args.max_new_tokens else ""
         print(f"{written:,} tokens{short}, {written / seconds:,.0f} tokens/s", file=sys.stderr)
     if args.state_out is not None:
-        writing.save(args.state_out)
         print(f"to go on: recur-gpt2 generate --state-in {args.state_out}", file=sys.stderr)
 
 
 def _prompt(args):
-    if args.max_new_tokens < 0:
-        raise InputError(f"max_new_tokens={args.max_new_tokens} must not be negative")
-    if args.state_out is not None and not args.state_out.absolute().parent.is_dir():
-        raise InputError(f"the folder of --state-out {args.state_out} does not exist; make it first")
+    check_range(0, max_new_tokens=args.max_new_tokens, top_k=args.top_k)
+    check_range(0, LARGEST_SEED, seed=args.seed)
+    rates = {"temperature": args.temperature, "repetition_penalty": args.repetition_penalty}
+    check_range(0, LARGEST_FLOAT, above=True, **rates)
+    check_range(0, 1, above=True, top_p=args.top_p)
+    if args.state_out is not None:
+        check_can_write(args.state_out)
     if args.prompt_file is None:
         return args.prompt
     try:
@@ -71,8 +77,8 @@ def _prompt(args):
 def _writing(args):
     import torch
 
+    from .device import checked_device
     from .loading import load_any, load_tokenizer
-    from .scoring import checked_device
     from .writing import Writing
 
     tokenizer = load_tokenizer(args.model)

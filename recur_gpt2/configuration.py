@@ -7,7 +7,7 @@ configuration is complete and does not change when a preset does.
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
 
-from .errors import InputError
+from .errors import InputError, check_range
 
 # The measurements behind "default" are in docs/ablation.md. Its last slots are as many as MEMORY_COST buys: each one
 # more helps, and the wider a model is, the less of its cost is attention.
@@ -148,8 +148,7 @@ class RecurGPT2Config(GPT2Config):
             )
 
     def _check_window(self):
-        if self.window < 2:
-            raise InputError(f"window={self.window} is too short; a window holds at least 2 tokens")
+        check_range(2, window=self.window)
         if self.window > self.n_positions:
             raise InputError(
                 f"window={self.window} exceeds the model's {self.n_positions} positions; "
@@ -162,9 +161,7 @@ class RecurGPT2Config(GPT2Config):
             wrong = [layer for layer in layers if not 0 <= layer < self.n_layer]
             if wrong or len(set(layers)) < len(layers):
                 raise InputError(f"{field}={layers} must be distinct layers from 0 to {self.n_layer - 1}")
-        for field in ("sink_slots", "last_slots", "pooled_slots"):
-            if getattr(self, field) < 0:
-                raise InputError(f"{field}={getattr(self, field)} must not be negative")
+        check_range(0, sink_slots=self.sink_slots, last_slots=self.last_slots, pooled_slots=self.pooled_slots)
         if self.last_slots > self.window:
             raise InputError(f"last_slots={self.last_slots} exceeds window={self.window}; use {self.window} or less")
         if self.pool_layers and (self.sink_slots or self.last_slots):
@@ -176,8 +173,7 @@ class RecurGPT2Config(GPT2Config):
             raise InputError(f"pool_layers={self.pool_layers} needs at least one layer in insert_layers")
         if self.pool_layers and not self.pooled_slots:
             raise InputError(f"pool_layers={self.pool_layers} writes into pooled_slots=0; use 1 or more")
-        if self.recurrence_width < 1:
-            raise InputError(f"recurrence_width={self.recurrence_width} must be at least 1")
+        check_range(1, recurrence_width=self.recurrence_width)
         if not 0 <= self.position_offset <= self.n_positions - self.window:
             raise InputError(
                 f"position_offset={self.position_offset} must be from 0 to n_positions - window = "

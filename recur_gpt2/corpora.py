@@ -15,12 +15,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, NamedSplit, Value, config, load_dataset
+from datasets import Dataset, Features, IterableDataset, List, Value, config, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError
+from .files import atomic_write_text
 from .text_files import (
+    ALL,
     READERS,
     SPLITS,
     check_columns,
@@ -30,6 +32,7 @@ from .text_files import (
     first_line,
     hash_file,
     read_documents,
+    split_rule,
 )
 from .tokenization import Encoder, plain
 
@@ -42,7 +45,7 @@ ARTICLE_HEADING = re.compile(r"^ = ([^=].*?[^=]|[^=]) = $")
 BATCH = 4  # documents that are read and written at a time
 SHUFFLE_BUFFER = 512  # streamed documents that are shuffled among each other: of PG-19's books about 200 MB
 LONGEST_TOKEN = 1000  # characters, and generous: GPT-2's longest token has 128
-CACHE_FORMAT = 1  # a part of every fingerprint; change it with what the cache holds
+CACHE_FORMAT = 2  # a part of every fingerprint; change it with what the cache holds
 
 
 class Corpus(ABC):
@@ -54,6 +57,8 @@ class Corpus(ABC):
     """None when streamed."""
     titles: list[str] | None = None
     """One for each document, in the natural order; None when streamed."""
+    split_rule: str | None = None
+    """How the split was made, in a sentence; None where the data came with it."""
 
     @abstractmethod
     def documents(self, seed: int | None = None, epoch: int = 0, skip: int = 0) -> Iterator[np.ndarray]:
@@ -66,8 +71,8 @@ class Corpus(ABC):
 class TokenisedCorpus(Corpus):
     """Documents that were tokenised before, in a memory-mapped table of `title` and `input_ids`."""
 
-    def __init__(self, table: Dataset, fingerprint: str):
-        self.fingerprint = fingerprint
+    def __init__(self, table: Dataset, fingerprint: str, split_rule: str | None = None):
+        self.fingerprint, self.split_rule = fingerprint, split_rule
         self.num_documents = len(table)
         self.titles = table["title"][:]
         self._ids = table.with_format("numpy", columns=["input_ids"])
@@ -115,24 +120,25 @@ class StreamedCorpus(Corpus):
 def load_corpus(
     data: str | Path, split: str, tokenizer: PreTrainedTokenizerBase, *, cache_dir: Path | None = None
 ) -> Corpus:
-    """One split ("train", "validation" or "test") of `data`.
+    """One split ("train", "validation" or "test") of `data`, or what there is to score: "all".
 
     `data` is "pg19-sample" or "wikitext-103-sample" (bundled), "pg19", "wikitext-103" or any "owner/name" of the hub
     with a text column (streamed), or a path: a .txt, .parquet or .jsonl file, a folder of .txt files, or a folder with
     a file or a folder for each split (train.parquet, ...). The names win over paths of the same name.
 
     A path without splits of its own is split by document, 90/5/5, by a hash of the text; fewer than three different
-    documents are each cut by characters. The ids are kept in `cache_dir` (default: in the cache of `datasets`).
+    documents are each cut by characters. "all" reads such a path whole, and elsewhere the test split. The ids are kept
+    in `cache_dir` (default: in the cache of `datasets`).
     """
-    if split not in SPLITS:
-        raise InputError(f"split={split!r} is not a split; use {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
+    if split not in (*SPLITS, ALL):
+        raise InputError(f"split={split!r} is not a split; use {', '.join(SPLITS)} or {ALL}")
     name, path = str(data), Path(data)
     if name in BUNDLED:
         return _local_corpus(bundled(name), split, tokenizer, cache_dir)
     if name not in HUB and path.exists():
         return _local_corpus(path, split, tokenizer, cache_dir)
     if is_hub_name(name):
-        return _hub_corpus(name, split, tokenizer)
+        return _hub_corpus(name, "test" if split == ALL else split, tokenizer)
     raise InputError(f"{name!r} is neither a file or folder here nor a known dataset; {HELP}")
 
 
@@ -164,15 +170,24 @@ def _local_corpus(path, split, tokenizer, cache_dir):
     contents = [[file.relative_to(root).as_posix(), hash_file(file)] for file in files]
     fingerprint = _fingerprint(tokenizer, split, has_splits, contents)
     cached = Path(cache_dir or Path(config.HF_DATASETS_CACHE) / "recur_gpt2") / f"{fingerprint}.arrow"
+    is_split = has_splits or split == ALL
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as scratch:
-            texts = _read(files, split, scratch)
-            _tokenise(texts if has_splits else _part(texts, split), Encoder(tokenizer), cached)
-    return TokenisedCorpus(Dataset.from_file(str(cached)), fingerprint)
+            texts = _read(files, scratch)
+            if not is_split:
+                atomic_write_text(_rule_of(cached), split_rule(texts["digest"][:]))
+            _tokenise(texts if is_split else _part(texts, split), Encoder(tokenizer), cached)
+    rule = None if is_split else f"{path} has no splits of its own: {_rule_of(cached).read_text(encoding='utf-8')}"
+    return TokenisedCorpus(Dataset.from_file(str(cached)), fingerprint, rule)
 
 
-def _read(files, split, scratch):
+def _rule_of(cached):
+    """The file beside cached ids that says how their split was made."""
+    return cached.with_suffix(".split.txt")
+
+
+def _read(files, scratch):
     """Every document of the files as a row of text, memory-mapped from the scratch folder."""
     try:
         return Dataset.from_generator(
@@ -180,7 +195,6 @@ def _read(files, split, scratch):
             features=Features({name: Value("string") for name in ("where", "title", "text", "digest")}),
             cache_dir=scratch,
             gen_kwargs={"files": files},
-            split=NamedSplit(split),
             writer_batch_size=BATCH,
         )
     except DatasetGenerationError as error:

@@ -7,14 +7,13 @@ steps, as a RecurState never is; `state()` copies one out. B rows, D model width
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from weakref import ref
 
 import torch
 from torch import Tensor
 
 from .decoding_layers import Places, make_layer
-from .recurrence import widen
-from .state import RecurState
+from .recurrence import product_type, widen
+from .state import Origin, RecurState
 
 if TYPE_CHECKING:
     from .modeling import RecurGPT2Model
@@ -34,7 +33,8 @@ class Decoder:
         """
         self.model, self.config, rows = model, model.config, state.batch_size
         self.device = model.wte.weight.device
-        like = model.wte.weight.new_empty(0, dtype=_product_type(model.wte.weight))
+        self.dtype = product_type(model.wte.weight)
+        like = model.wte.weight.new_empty(0, dtype=self.dtype)
         self.layers = [self._layer(layer, rows, like) for layer in range(self.config.n_layer)]
         self.sums = widen(like).new_zeros(rows, len(self.config.pool_layers), self.config.n_embd)
         self.load(state)
@@ -50,9 +50,9 @@ class Decoder:
     @torch.no_grad()
     def load(self, state: RecurState) -> None:
         """Take over a state of as many rows; it is copied. Raises InputError if another model left it."""
-        state.checked_for(self.model)
+        state = state.checked_for(self.model).to(self.device, self.dtype)
         self.filled, self.windows = state.filled.tolist(), state.windows.tolist()
-        self.memory = {name: tensor.to(self.device, copy=True) for name, tensor in state.memory.items()}
+        self.memory = {name: tensor.clone() for name, tensor in state.memory.items()}
         rows = torch.tensor([row for row, windows in enumerate(self.windows) if windows], device=self.device)
         nothing = torch.tensor([row for row, windows in enumerate(self.windows) if not windows], device=self.device)
         for layer in self.layers:
@@ -61,11 +61,10 @@ class Decoder:
         if len(rows):
             self._begin(rows)
         if any(self.filled):
-            window = {name: tensor.to(self.device) for name, tensor in state.window.items()}
             for layer, each in enumerate(self.layers):
-                each.load(window, str(layer), self.filled)
-            if "pooled" in window:
-                self.sums.copy_(window["pooled"])
+                each.load(state.window, str(layer), self.filled)
+            if "pooled" in state.window:
+                self.sums.copy_(state.window["pooled"])
         else:
             self.sums.zero_()
 
@@ -80,7 +79,7 @@ class Decoder:
                 window["pooled"] = self.sums.clone()
         counters = torch.tensor(self.windows), torch.tensor(self.filled)
         memory = {name: tensor.clone() for name, tensor in self.memory.items()}
-        return RecurState(*counters, memory, window, ref(self.model))
+        return RecurState(*counters, memory, window, Origin.of(self.model))
 
     @torch.no_grad()
     def step(self, input_ids: Tensor) -> Tensor:
@@ -176,8 +175,3 @@ class Decoder:
                 decay = widen(each.block.state_decay).sigmoid()[:, None, None]
                 carried = decay * self.memory[f"linear.{name}"][rows]
             each.begin(rows, memory, carried)
-
-
-def _product_type(weight):
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -221,6 +221,7 @@ class NearLayer:
 
     def begin(self, rows: Tensor, memory: KeyValue | None, carried: Tensor | None) -> None:
         self.sums[rows] = 0
+        self.places[rows, :, :, : self.kept] = 0
         if memory is not None:
             slots = min(self.kept, self.slots)
             last = torch.stack(memory, dim=1)[..., self.slots - slots :, :]

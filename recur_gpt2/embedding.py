@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .device import checked_device
 from .embedding_stream import EmbeddingStream
-from .errors import InputError
+from .errors import InputError, check_range
 from .iteration import batched_by_size
 from .loading import load_any, load_tokenizer
 from .modeling import RecurGPT2LMHeadModel
@@ -87,10 +88,10 @@ class DocumentEmbedder:
             dtype: of weights and computation; default float32. Vectors come out in float32.
 
         Raises:
-            InputError: there is no such model, or it was made for another window.
+            InputError: there is no such model or device, or it was made for another window.
         """
+        device = checked_device(device)
         model, tokenizer = load_any(str(folder), window), load_tokenizer(str(folder))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.to(device, _dtype(dtype)), tokenizer)
 
     def dimension(self, pooling: str = POOLING) -> int:
@@ -211,8 +212,7 @@ class DocumentEmbedder:
     def check(self, pooling: str, layer: int | None, batch_tokens: int) -> dict:
         """The same arguments with the layer counted from 0; raises InputError for one that is out of range."""
         layer = checked_layer(self.model, layer)
-        if batch_tokens < 1:
-            raise InputError(f"batch_tokens={batch_tokens} is too few; give at least 1")
+        check_range(1, batch_tokens=batch_tokens)
         check_pooling(self.model.transformer, pooling, layer)
         return {"pooling": pooling, "layer": layer, "batch_tokens": batch_tokens}
 

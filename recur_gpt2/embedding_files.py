@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -28,6 +28,9 @@ from .sources import NamedText, Source, named_texts
 from .text_files import first_line
 
 METADATA = b"recur_gpt2"  # key of the settings in a Parquet file's metadata
+PARTS = f"{'[0-9]' * 6}.parquet"
+# What is written to the folder of parts, half-written files of a killed run included.
+OWN = re.compile(r"(\d{6}|\.\d{6}\.[0-9a-f]{8})\.parquet|(settings|\.settings\.[0-9a-f]{8})\.json")
 PART_SECONDS = 20  # between two parts, so that a killed run loses little
 PART_ROWS = 50_000
 GROUP_ROWS = 8192  # of the output, which its readers take at a time
@@ -109,7 +112,7 @@ class Rows:
         self.output, self.settings = output, settings
         self.folder = output.with_name(output.name + ".parts")
         self._check_settings()
-        self._parts = sorted(self.folder.glob("[0-9]*.parquet"))
+        self._parts = sorted(self.folder.glob(PARTS))
         self.done = {id for path in self._files() for id in _read_ids(path)}
         self.added, self._pending, self._flushed = 0, [], time.monotonic()
 
@@ -138,7 +141,11 @@ class Rows:
                 batches = (batch for path in self._files() for batch in pq.ParquetFile(path).iter_batches(GROUP_ROWS))
                 for group in batched_by_size(batches, len, GROUP_ROWS):
                     writer.write_table(pa.Table.from_batches(group).cast(self._schema()))
-        shutil.rmtree(self.folder)
+        for path in self.folder.iterdir():
+            if OWN.fullmatch(path.name):
+                path.unlink()
+        if not any(self.folder.iterdir()):  # else somebody keeps files of his own there
+            self.folder.rmdir()
 
     def _files(self):
         return [*([self.output] if self.output.exists() else []), *self._parts]
@@ -149,6 +156,8 @@ class Rows:
             self._refuse_others(read_settings(self.output), self.output)
         if path.exists():
             self._refuse_others(json.loads(path.read_text()), self.folder)
+        elif any(self.folder.glob(PARTS)):
+            raise InputError(f"{self.folder} holds files that embed did not write; move them, or give another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, json.dumps(self.settings, indent=1) + "\n")
 

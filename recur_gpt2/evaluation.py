@@ -79,7 +79,7 @@ class Evaluation:
             "tokens": tokens,
             "nats": self.nats,
             "nats_interval": list(self.nats_interval()),
-            "token_ppl": math.exp(total / tokens),
+            "token_ppl": _exp(total / tokens),
             "word_ppl": _exp(total / self.words.sum()),
             "bits_per_byte": float(total / math.log(2) / self.bytes.sum()),
             "flops_per_token": self.flops_per_token,

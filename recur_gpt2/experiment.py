@@ -26,15 +26,16 @@ import torch
 from .allocator import release_memory
 from .configuration import RecurGPT2Config, with_window
 from .corpora import load_corpus
-from .errors import InputError
+from .device import checked_device
+from .errors import InputError, check_range
 from .evaluation import CONTROLS, PARALLEL_WINDOWS, Evaluation, evaluate, gap_covered_interval
-from .files import atomic_write_text, settings_file
+from .files import atomic_write_text, clear_unfinished, settings_file
 from .initialization import load_config
 from .loading import load_any, load_tokenizer, plain_copy, save_model
 from .precision import autocast_dtype
 from .processes import Processes
 from .report import gap_covered, write_report
-from .scoring import by_document, checked_device, evaluation_documents
+from .scoring import by_document, evaluation_documents, obstacle
 from .training import Trainer, TrainingArguments
 
 ROW_ORDER = (
@@ -88,8 +89,7 @@ class ExperimentArguments:
         unknown = [row for row in self.rows or () if row not in ROW_ORDER]
         if unknown:
             raise InputError(f"row {unknown[0]!r} is not known; use some of {', '.join(ROW_ORDER)}")
-        if self.eval_tokens is not None and self.eval_tokens < 2:
-            raise InputError(f"eval_tokens={self.eval_tokens} is too few; score at least 2 tokens")
+        check_range(2, eval_tokens=self.eval_tokens)
 
 
 def run_experiment(args: ExperimentArguments) -> dict | None:
@@ -101,13 +101,16 @@ def run_experiment(args: ExperimentArguments) -> dict | None:
     """
     processes = Processes(args.device)
     with processes.main_first():  # it tokenises for all
-        _check_model(args)
+        recurrent = _check_model(args)
         if processes.is_main:
-            _claim(args)
+            settings_file(args.output_dir, "run", resume=args.resume)
         tokenizer = load_tokenizer(args.model)
         train = load_corpus(args.data, "train", tokenizer)
         if processes.is_main:
             documents = evaluation_documents(load_corpus(args.data, args.eval_split, tokenizer), args.eval_tokens)
+            _check_rows(args, recurrent, len(documents))
+            if train.split_rule:
+                print(train.split_rule, file=sys.stderr)
     if args.training.precision == "auto":
         args.training.precision = _measured_precision(args, processes)
 
@@ -136,17 +139,30 @@ def _alone(task: Callable) -> Callable:
 
 
 def _check_model(args):
-    """Refuse options that this model cannot have, before anything that takes long."""
+    """Refuse options that this model cannot have, before anything that takes long. -> whether it will be recurrent"""
     config = load_config(args.model)
     if config.model_type == RecurGPT2Config.model_type:
         _check_ours(args, config)
     elif config.model_type == "gpt2":
-        with_window(config, args.window, recurrence=args.recurrence, **args.model_options)
+        config = with_window(config, args.window, recurrence=args.recurrence, **args.model_options)
+    return getattr(config, "is_recurrent", False)  # of another architecture: loading it says what is wrong
+
+
+def _check_rows(args, recurrent, documents):
+    """Refuse rows that were asked for and cannot be had."""
+    for row in args.rows or ():
+        if row.startswith("finetuned") and not args.control:
+            raise InputError(f"row {row!r} is of the finetuned GPT-2, which --no-control leaves out; leave out one")
+        why = obstacle(_control_of(row), recurrent, documents) if _control_of(row) else None
+        if why:
+            raise InputError(f"row {row!r} {why}, or leave it out")
 
 
 def _check_ours(args, config):
     """A model of ours is what it is: options may only repeat it."""
-    differing = {key: value for key, value in args.model_options.items() if getattr(config, key) != value}
+    wanted = RecurGPT2Config(**config.to_dict() | args.model_options)  # which makes lists of names of sets of layers
+    options = args.model_options.items()
+    differing = {key: value for key, value in options if getattr(config, key) != getattr(wanted, key)}
     if args.recurrence != ExperimentArguments.recurrence and args.recurrence != config.recurrence:
         differing["recurrence"] = args.recurrence
     if differing:
@@ -167,13 +183,6 @@ def _load_plain(args):
     return plain_copy(load_any(args.model, args.window))
 
 
-def _claim(args):
-    """Make the output folder ours, or refuse."""
-    settings = settings_file(args.output_dir, "run", resume=args.resume)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(settings, json.dumps(_settings(args), indent=1) + "\n")
-
-
 def _settings(args):
     settings = asdict(args) | {"output_dir": str(args.output_dir)}
     return settings | {"command": shlex.join(["python", *sys.argv] if sys.argv[0].endswith(".py") else sys.argv)}
@@ -184,7 +193,7 @@ def _measured_precision(args, processes):
     """What all compute in: as the main process measures."""
     with processes.main_first():
         model = _load_plain(args).to(processes.device)
-    dtype = autocast_dtype(model, "auto")
+    dtype = autocast_dtype(model, "auto", training=True)
     return "bfloat16" if processes.any(processes.is_main and dtype is not None) else "float32"
 
 
@@ -198,6 +207,11 @@ def _finetune(args, name, corpus, tokenizer, processes):
         model = _load(args) if name == "recurrent" else _load_plain(args)
     settings = TrainingArguments(**asdict(args.training) | options)
     trainer = Trainer(model, corpus, settings, folder, device=args.device)
+    with processes.agreeing():
+        trainer.checkpoints.check(resume=args.resume)
+        if processes.is_main:  # not before: a run that is refused changes nothing
+            atomic_write_text(args.output_dir / "settings.json", json.dumps(_settings(args), indent=1) + "\n")
+            clear_unfinished(folder, "model")
     history = trainer.run(resume=args.resume, description=f"finetuning, {name}")
     model.cpu()
     with processes.agreeing():
@@ -223,12 +237,10 @@ def _evaluate_all(args, documents, tokenizer) -> dict[str, Evaluation]:
 
 def _rows_of(args, name, documents):
     """Rows to score of a model: apart, overlapping and, with recurrence, the controls."""
-    rows = [row for row in ROW_ORDER if row.startswith(name)]
-    if name == "recurrent" and not load_config(_saved(args, name)).is_recurrent:
-        rows = [row for row in rows if _control_of(row) is None]
-    if len(documents) < 2 and "recurrent_shuffled" in rows:
-        rows.remove("recurrent_shuffled")
-    return [row for row in rows if args.rows is None or row in args.rows]
+    rows = [row for row in ROW_ORDER if row.startswith(name) and (args.rows is None or row in args.rows)]
+    recurrent = name == "recurrent" and load_config(_saved(args, name)).is_recurrent
+    controls = [row for row in rows if _control_of(row)]
+    return [row for row in rows if row not in controls or not obstacle(_control_of(row), recurrent, len(documents))]
 
 
 @_alone

@@ -11,9 +11,10 @@ come in pairs (rfa, hedgehog) has k / 2 pairs.
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from .errors import InputError, check_range
 from .recurrence import widen
 
+LARGEST_SIZE = 2**16  # k: more would be no saving beside any window
 FLOOR = 1e-6  # least denominator of features that cannot be negative
 
 
@@ -26,6 +27,16 @@ class FeatureMap(nn.Module):
     def __init__(self, heads: int, width: int, out_features: int, seed: int):
         super().__init__()
         self.heads, self.width, self.out_features, self.seed = heads, width, out_features, seed
+
+    @classmethod
+    def sizes(cls, width: int, feature_size: int) -> tuple[int, int]:
+        """What a head costs: k, the features of its state, and the rows of the matrix that makes them.
+
+        Args:
+            width: d.
+            feature_size: k as the configuration has it.
+        """
+        return feature_size, feature_size
 
     def reset_parameters(self):
         """Back to how the map starts."""
@@ -107,6 +118,10 @@ class Hedgehog(AffineMap):
     def __init__(self, heads: int, width: int, feature_size: int, *, seed: int = 0):
         super().__init__(heads, width, _half(feature_size, "hedgehog"), feature_size, seed)
 
+    @classmethod
+    def sizes(cls, width: int, feature_size: int) -> tuple[int, int]:
+        return feature_size, feature_size // 2
+
     @torch.no_grad()
     def reset_parameters(self):
         self.weight.copy_(torch.eye(*self.weight.shape[1:], device="cpu").expand_as(self.weight))
@@ -122,6 +137,10 @@ class ELU(FeatureMap):
 
     def __init__(self, heads: int, width: int, feature_size: int | None = None, *, seed: int = 0):
         super().__init__(heads, width, width, seed)
+
+    @classmethod
+    def sizes(cls, width: int, feature_size: int) -> tuple[int, int]:
+        return width, 0
 
     def forward(self, x: Tensor) -> Tensor:
         # Written out: in 16 bit elu(x) is -1 for x < -6, and adding 1 leaves nothing.
@@ -146,6 +165,10 @@ class RFA(FeatureMap):
         self.sigma = nn.Parameter(torch.empty(heads, width))
         self.register_buffer("directions", torch.empty(heads, width, _half(feature_size, "rfa")))
         self.reset_parameters()
+
+    @classmethod
+    def sizes(cls, width: int, feature_size: int) -> tuple[int, int]:
+        return feature_size, feature_size // 2
 
     @torch.no_grad()
     def reset_parameters(self):
@@ -177,8 +200,7 @@ def make_feature_map(name: str, heads: int, width: int, feature_size: int, *, se
     """
     if name not in FEATURE_MAPS:
         raise InputError(f"feature_map={name!r} is not known; use one of {', '.join(FEATURE_MAPS)}")
-    if feature_size < 1:
-        raise InputError(f"feature_size={feature_size} must be at least 1")
+    check_range(1, LARGEST_SIZE, feature_size=feature_size)
     return FEATURE_MAPS[name](heads, width, feature_size, seed=seed)
 
 

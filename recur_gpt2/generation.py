@@ -63,11 +63,23 @@ class RecurGPT2LMOutput(ModelOutput):
         past_key_values: Cache | None = None
 
 
-def given_cache(cache: RecurCache | None, past_key_values: RecurCache | None) -> RecurCache | None:
-    """The one that was given, under the new word or the old one. Raises InputError for both."""
+def given_cache(cache: Cache | None, past_key_values: Cache | None) -> RecurCache | None:
+    """The cache that was given, under the new word or the old one.
+
+    An empty one of another kind counts as none: a `generate` that does not ask `_supports_default_dynamic_cache` makes
+    one for every model.
+
+    Raises:
+        InputError: both were given, or one of another kind that has read something.
+    """
     if cache is not None and past_key_values is not None:
         raise InputError(f"{NEW_CACHE} and {OLD_CACHE} are two words for one thing; give one of them")
-    return past_key_values if cache is None else cache
+    cache = past_key_values if cache is None else cache
+    if isinstance(cache, Cache) and not isinstance(cache, RecurCache):
+        if cache.get_seq_length():
+            raise InputError(f"a {type(cache).__name__} is another model's; give what this one returned, or a state")
+        return None
+    return cache
 
 
 class RecurCache(Cache):
@@ -102,7 +114,7 @@ class RecurCache(Cache):
 
     def go_on(self, state: RecurState, seen: int) -> None:
         """Take over the state after `seen` more places."""
-        self.seen += seen
+        self.seen, self.held = self.seen + seen, None
         if state.batch_size == self.batch_size:
             self._decoder.load(state)
         else:
@@ -129,19 +141,25 @@ class RecurCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b goes on as row `beam_idx[b]` was."""
         self._decoder.reorder(beam_idx.cpu())
+        self._select_held(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._decoder = Decoder(self._decoder.model, self.state().select(indices.cpu()))
+        self._select_held(indices)
+
+    def _select_held(self, rows):
+        if self.held is not None:
+            self.held = self.held[rows.to(self.held.device)]
 
     def crop(self, tokens_to_remove: int) -> None:
         raise InputError("tokens that were read cannot be forgotten; keep RecurCache.state() and go on from that")
 
     def reset(self) -> None:
         """Back to the start of a document, in every row."""
-        self.seen = 0
+        self.seen, self.held = 0, None
         self._decoder.load(RecurState.empty(self.batch_size))
 
     @property
@@ -285,9 +303,13 @@ class RecurGeneration(GenerationMixin):
         rows, places = input_ids.shape
         if attention_mask is not None:
             attention_mask = attention_mask[:, -places:]
-        layers, step = None, cache is not None and places == 1 and cache.batch_size == rows
+        layers, step = None, cache is not None and places == 1 and rows % cache.batch_size == 0
+        if step and rows > cache.batch_size:
+            cache.batch_repeat_interleave(rows // cache.batch_size)
         if step and not output_hidden_states and (attention_mask is None or bool((attention_mask != 0).all())):
             hidden = cache.step(input_ids)
+        elif cache is not None and cache.held is not None:
+            raise InputError(f"{CACHE} holds a token that was read already; give that one first, alone and unmasked")
         else:
             state = state if cache is None else _for_rows(cache.state(), rows)
             if output_hidden_states:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -38,9 +38,12 @@ def load_config(name_or_path: str) -> PretrainedConfig:
     Raises:
         InputError: there is none.
     """
+    if (Path(name_or_path) / "config.json").is_file():
+        with refusing_damage(f"config.json of {name_or_path}"):
+            return AutoConfig.from_pretrained(name_or_path)
     try:
         return AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError, HFValidationError) as error:
+    except Exception as error:  # offline, unknown, private, no name at all: each library has its own
         raise InputError(
             f"no model was found at {str(name_or_path)!r}, neither as a folder nor on the hub; give a folder with "
             f"config.json and model.safetensors, a hub id such as openai-community/gpt2 (with a network), or the "
@@ -59,21 +62,38 @@ def load_gpt2(name_or_path: str) -> GPT2LMHeadModel:
         raise InputError(f"{name_or_path} already has windows; load it with from_pretrained instead of from_gpt2")
     if config.model_type != "gpt2":
         raise InputError(f"{name_or_path} is a {config.model_type} model; give a GPT-2 checkpoint")
-    with refusing_damage(name_or_path):
+    with refusing_damage(f"the weights of {name_or_path}"):
         base, found = GPT2LMHeadModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
-    if found["missing_keys"]:  # transformers only warns, and makes these weights up
-        lacking = sorted(found["missing_keys"])[:5]
-        raise InputError(f"{name_or_path} does not hold a whole GPT-2; it lacks {lacking}; copy it again")
+    refuse_missing(found, name_or_path, "GPT-2")
     return base
 
 
+def refuse_missing(found: dict, name_or_path: str, what: str) -> None:
+    """Refuse a model that lacks weights, by the loading info that `from_pretrained` returns: transformers only warns,
+    and makes them up."""
+    if found["missing_keys"]:
+        lacking = sorted(found["missing_keys"])[:5]
+        raise InputError(f"{name_or_path} does not hold a whole {what}; it lacks {lacking}; copy it again")
+
+
 @contextmanager
-def refusing_damage(name_or_path: str) -> Iterator[None]:
-    """Turns what transformers raises for missing or damaged weights into an InputError."""
+def refusing_damage(what: str) -> Iterator[None]:
+    """Turns whatever a library raises for a file that is missing, damaged or of another kind into an InputError.
+
+    For a block in which a library reads `what`, and which does nothing else.
+    """
     try:
         yield
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise InputError(f"the weights of {name_or_path} cannot be read ({error}); copy them again") from error
+    except InputError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{what} are a pickle of more than tensors, which is not opened, since it could run any code; save the "
+            f"model again as model.safetensors"
+        ) from error
+    except Exception as error:  # safetensors, zip, JSON and checks of fields: each has its own
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{what} cannot be read ({why}); copy it again, whole") from error
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from .errors import InputError
 from .feature_maps import AffineMap, FeatureMap, make_feature_map
 from .near_attention import FarGate
 from .products import Projection
@@ -52,6 +53,10 @@ class RecurGPT2Block(GPT2Block):
         self.register_buffer("fused_bias", None, persistent=False)
         if layer_idx in config.linear_layers:
             self.make_linear(self.new_feature_map(config), config)
+
+    def forward(self, *_, **__):
+        """Not GPT2Block's, which would read without memory."""
+        raise InputError("a layer cannot be called by itself, since its window and memory are the model's; call that")
 
     def new_feature_map(self, config) -> FeatureMap:
         """A map as the configuration wants it, for this layer's heads."""

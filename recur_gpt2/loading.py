@@ -8,19 +8,23 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .checkpoints import whole_folder
 from .configuration import OWN_FIELDS, RecurGPT2Config
 from .errors import InputError
-from .initialization import load_config, refusing_damage
+from .files import whole_folder
+from .initialization import load_config, refuse_missing, refusing_damage
 from .layers import is_new
 from .modeling import RecurGPT2LMHeadModel
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with a model."""
+    if (Path(name_or_path) / "tokenizer.json").is_file():
+        load_config(name_or_path)  # which tokenizers are read by, too: what is wrong there is said of it
+        with refusing_damage(f"the tokenizer of {name_or_path}"):
+            return AutoTokenizer.from_pretrained(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # offline, unknown, no name at all: each library has its own
         raise InputError(
             f"no tokenizer was found at {str(name_or_path)!r}; give a folder that holds tokenizer.json too, a "
             f"hub id (with a network), or the bundled data/gpt2-mini"
@@ -37,8 +41,10 @@ def load_any(name_or_path: str, window: int | None = None, recurrence: str = "no
         raise InputError(
             f"{name_or_path} was made for window={config.window}, not {window}; give --window {config.window}"
         )
-    with refusing_damage(name_or_path):
-        return _read(RecurGPT2LMHeadModel.from_pretrained(name_or_path).eval())
+    with refusing_damage(f"the weights of {name_or_path}"):
+        model, found = RecurGPT2LMHeadModel.from_pretrained(name_or_path, output_loading_info=True)
+    refuse_missing(found, name_or_path, "model of recur_gpt2")
+    return _read(model.eval())
 
 
 def _read(model):

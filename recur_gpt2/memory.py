@@ -19,7 +19,7 @@ from . import near_attention
 from .accounting import head_features
 from .attention import LONGEST_PRODUCTS, queries_in_products
 from .configuration import RecurGPT2Config
-from .errors import InputError
+from .errors import InputError, check_range
 from .layers import TOKENS_AT_ONCE
 from .linear_attention import CHUNK
 from .losses import CASTS, VOCABULARY_ROWS, cpu_chunk_rows
@@ -61,9 +61,7 @@ class Workload:
     def __post_init__(self):
         if self.task not in TASKS:
             raise InputError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
-        for name in ("lanes", "windows", "accumulate"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        check_range(1, lanes=self.lanes, windows=self.windows, accumulate=self.accumulate)
 
     @property
     def width(self) -> int:

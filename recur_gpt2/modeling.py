@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
-from weakref import ref
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .configuration import OWN_FIELDS, RecurGPT2Config, with_window
 from .errors import InputError
@@ -41,10 +39,11 @@ from .outputs import RecurGPT2Output
 from .padding import Packing
 from .products import Head
 from .reading import FreshWindows, ResumedWindows
-from .recurrence import LayerMemory, PooledMemory, make_recurrence
-from .state import RecurState
+from .recurrence import LayerMemory, PooledMemory, make_recurrence, product_type
+from .state import Origin, RecurState
 from .walking import LayerWalk, PooledWalk, RunLayer, Teach
 
+NO_LIMIT = int(1e30)  # as transformers says that a tokenizer has none
 NEW_MODULES = LayerMemory | PooledMemory | FeatureMap | FarGate  # what GPT-2 has not
 
 
@@ -55,6 +54,16 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
     _no_split_modules = ("RecurGPT2Block",)
     _can_record_outputs = None
     _supports_flash_attn = False
+    supports_gradient_checkpointing = False
+
+    def gradient_checkpointing_enable(self, *_, **__):
+        """Refused: transformers' switch wraps whole layers, and these are read in parts."""
+        raise InputError(
+            "gradient checkpointing cannot be switched on here; recur-gpt2 finetune --checkpointing recomputes windows "
+            "in the backward pass"
+        )
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name from transformers 5.24 on
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -126,7 +135,7 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if tokenizer is not None:
             tokenizer = copy(tokenizer)
-            tokenizer.model_max_length = VERY_LARGE_INTEGER
+            tokenizer.model_max_length = NO_LIMIT
             tokenizer.save_pretrained(save_directory)
 
 
@@ -189,7 +198,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             pieces.append((rows, done[rows], tokens, [h.flatten(1, 2) for h in hidden]))
             done = done.index_add(0, rows, tokens)
         layers = packing.unpack(pieces)
-        state = replace(state, origin=ref(self))
+        state = replace(state, origin=Origin.of(self))
         return RecurGPT2Output(layers[-1], state, tuple(layers) if output_hidden_states else None)
 
     def read(
@@ -253,7 +262,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         needed = {*(layers & set(self.recurrence) if state.memory else ()), *(layers if state.window else ())}
         if needed - {key.split(".")[-1] for key in state.memory | state.window}:
             raise InputError(f"the state was left by fewer layers than the {depth} to read; give the same `layer`")
-        return state
+        return state.to(self.wte.weight.device, product_type(self.wte.weight))
 
     def _next_stretch(self, packing, state, done, parallel_windows):
         """What to read next: first fill windows that are not full, then whole windows, then tails."""

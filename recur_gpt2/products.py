@@ -2,8 +2,8 @@
 
 PyTorch gives float32 products to MKL, which on an AMD EPYC reads a matrix for one row with one thread, if its rows are
 the outputs, and takes two to three times as long for 2 to 32 rows as oneDNN, which PyTorch brings too: that one reads
-as fast as memory gives (docs/generation.md). PyTorch's own compiler calls it by the operator used here; where that is
-missing, products are the modules' own.
+as fast as memory gives (docs/generation.md). PyTorch's own compiler calls it by the operator used here, which is
+private: where it is missing or gives something else, products are the modules' own. Run with PyTorch 2.11 to 2.14.
 """
 
 from __future__ import annotations
@@ -16,7 +16,33 @@ from torch.utils.flop_counter import register_flop_formula
 from transformers.pytorch_utils import Conv1D
 
 FEW_ROWS = 32  # more are read a window at a time, whose memory is fitted (memory.py) with PyTorch's choice
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _onednn_product(rows, weight, bias):
+    """(n, in) x (out, in) -> (n, out)"""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def _has_onednn_product():
+    """Whether the operator is there and is what it was."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    rows, weight, bias = torch.ones(2, 3), torch.arange(12.0).view(4, 3), torch.arange(4.0)
+    try:
+        return torch.allclose(_onednn_product(rows, weight, bias), nn.functional.linear(rows, weight, bias))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def has_bfloat16_products() -> bool:
+    """Whether this processor has products in bfloat16, as far as PyTorch tells."""
+    try:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):
+        return False
+
+
+ONEDNN = _has_onednn_product()
 
 
 class Projection(Conv1D):
@@ -59,7 +85,7 @@ def has_few_rows(x: Tensor, weight: Tensor) -> bool:
 def few_rows_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., in) x (out, in) -> (..., out), as torch.nn.functional.linear."""
     rows = x.reshape(-1, x.shape[-1])
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "").view(*x.shape[:-1], weight.shape[0])
+    return _onednn_product(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 if ONEDNN:

@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-import torch
-
 from .accounting import flops_per_token
 from .configuration import RecurGPT2Config, with_window
 from .errors import InputError
 from .generation import PARALLEL_WINDOWS
 from .initialization import load_config
 from .memory import MemoryUse, Workload, memory_use
+from .products import has_bfloat16_products
 
 WINDOWS = (1024, 512, 256, 128, 64)
 ROOM = 64  # positions for what stands in front of the longest window: without them memory is worth little there
@@ -95,7 +94,7 @@ def recommend(
         options: for a GPT-2, other fields of RecurGPT2Config.
 
     Raises:
-        InputError: nothing fits; it says the least that would.
+        InputError: nothing fits (it says the least that would), or the model cannot have such a window.
     """
     precision = precision or default_precision(task)
     configs = _configs(load_config(model), windows, recurrence, options or {})
@@ -115,14 +114,17 @@ def recommend(
 def default_precision(task):
     """What a task is computed in unless said otherwise: weights are cast on the fly, which takes memory, and is worth
     it where products dominate."""
-    return "bfloat16" if task == "train" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    return "bfloat16" if task == "train" and has_bfloat16_products() else "float32"
 
 
 def _configs(config, windows, recurrence, options):
     if config.model_type == RecurGPT2Config.model_type:
+        if windows and config.window not in windows:
+            raise InputError(f"the model was made for window={config.window}, not {windows[0]}; leave --window out")
         return [config]
-    most = config.n_positions - (0 if windows or recurrence == "none" else min(ROOM, config.n_positions // 2))
-    windows = dict.fromkeys(min(window, most) for window in windows or WINDOWS)
+    if not windows:
+        most = config.n_positions - (0 if recurrence == "none" else min(ROOM, config.n_positions // 2))
+        windows = dict.fromkeys(min(window, most) for window in WINDOWS)
     return [with_window(config, window, recurrence=recurrence, **options) for window in windows]
 
 

@@ -113,7 +113,7 @@ class _Walk:
         """Gradients of the total and of the last state's memory -> of the first state's; parameters get theirs."""
         if not self.kept:
             raise RuntimeError("a recomputed segment frees its states in the backward pass: it cannot go twice")
-        if not torch.autograd._is_checkpoint_valid():
+        if not _is_backward():
             raise RuntimeError("a recomputed segment adds to .grad: call backward() without inputs, not autograd.grad")
         grad_memory = dict(zip(self.names, grad_memory, strict=True))
         with self._gradients_in_one_place():
@@ -222,6 +222,13 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, *gradients):
         found = ctx.walk.through_layer(ctx.layer, ctx.random, ctx.saved_tensors, gradients)
         return None, None, None, None, None, *found
+
+
+def _is_backward():
+    """Whether this is `backward()` rather than `autograd.grad`; True where this PyTorch does not tell (private, 2.11 to
+    2.14 do), since the check only spares a user wrong gradients."""
+    tell = getattr(torch.autograd, "_is_checkpoint_valid", None)
+    return tell is None or tell()
 
 
 def _backward(made):

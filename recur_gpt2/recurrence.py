@@ -128,6 +128,12 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def product_type(weight: Tensor) -> torch.dtype:
+    """What products with this weight come out in, and keys and values are kept in: autocast's type, if there is one."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def gated_scan(fresh: Tensor, gate: Tensor, first: Tensor | None, has_memory: Tensor) -> Tensor:
     """m_w = g_w m_{w-1} + (1 - g_w) u_w, for all W windows at once; m_w = u_w where a document starts.
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
 from .corpora import Corpus, load_corpus
-from .errors import InputError
+from .device import checked_device
+from .errors import InputError, check_range
 from .evaluation import CONTROLS, PARALLEL_WINDOWS, PROTOCOLS, Evaluation, evaluate
 from .loading import load_any, load_tokenizer
 from .precision import autocast_dtype
+from .text_files import ALL
 
 
 def evaluate_model(
     name_or_path: str,
     data: str,
     *,
-    split: str = "test",
+    split: str = ALL,
     window: int | None = None,
     recurrence: str = "none",
     protocols: list[str] | None = None,
@@ -28,25 +29,34 @@ def evaluate_model(
     precision: str = "auto",
     device: str = "auto",
 ) -> dict:
-    """Score a split with one model, by each protocol and control named.
+    """Score documents with one model, by each protocol and control named.
+
+    Args:
+        split: as `load_corpus` takes it: "all" reads data without splits of its own whole.
+        protocols: of PROTOCOLS and CONTROLS; None: all that this model and these documents allow.
 
     Returns:
-        {"rows", "loss_by_document", "tokens_by_document"} as in results.json.
+        {"rows", "loss_by_document", "tokens_by_document"} as in results.json, and "split_rule", how the split was made
+        where the data came without.
 
     Raises:
         InputError: bad input of any kind.
     """
+    check_range(1, lanes=lanes, parallel_windows=parallel_windows)
+    check_range(2, eval_tokens=eval_tokens)
     device = checked_device(device)
     tokenizer = load_tokenizer(name_or_path)
     model = load_any(name_or_path, window, recurrence).to(device)
-    documents = evaluation_documents(load_corpus(data, split, tokenizer), eval_tokens)
-    possible = (*PROTOCOLS, *CONTROLS) if model.config.is_recurrent else PROTOCOLS[:2]
-    if len(documents) < 2:
-        possible = tuple(name for name in possible if name != "shuffled")
-    unknown = [name for name in protocols or () if name not in possible]
-    if unknown:
-        raise InputError(f"protocol {unknown[0]!r} is not one of this model's; use {', '.join(possible)}")
-    dtype = autocast_dtype(model, precision)
+    corpus = load_corpus(data, split, tokenizer)
+    documents = evaluation_documents(corpus, eval_tokens)
+    obstacles = {name: obstacle(name, model.config.is_recurrent, len(documents)) for name in (*PROTOCOLS, *CONTROLS)}
+    for name in protocols or ():
+        if name not in obstacles:
+            raise InputError(f"protocol {name!r} is not known; use some of {', '.join(obstacles)}")
+        if obstacles[name]:
+            raise InputError(f"protocol {name!r} {obstacles[name]}, or leave it out")
+    possible = [name for name, why in obstacles.items() if why is None]
+    dtype = autocast_dtype(model, precision, training=False)
     protocol_of = {name: "recurrent" if name in CONTROLS else name for name in protocols or possible}
     evaluations = {
         name: evaluate(
@@ -63,7 +73,16 @@ def evaluate_model(
         for name, protocol in protocol_of.items()
     }
     rows = [each.row(name, protocol_of[name], model.config.window) for name, each in evaluations.items()]
-    return {"rows": rows, **by_document(evaluations)}
+    return {"rows": rows, **by_document(evaluations), "split_rule": corpus.split_rule}
+
+
+def obstacle(protocol: str, recurrent: bool, documents: int) -> str | None:
+    """Why a protocol or control cannot be scored with such a model on so many documents; None if it can."""
+    if protocol not in ("disjoint", "overlap") and not recurrent:
+        return "needs a recurrence, which this model has not; give one that has (--recurrence default)"
+    if protocol == "shuffled" and documents < 2:
+        return f"needs another document's state, and there is only {documents}; give two documents or more"
+    return None
 
 
 def by_document(evaluations: Mapping[str, Evaluation]) -> dict:
@@ -81,12 +100,3 @@ def evaluation_documents(corpus: Corpus, tokens: int | None) -> list[np.ndarray]
         raise InputError("eval_tokens needs to know how many documents there are; leave it out for streamed data")
     share = max(2, tokens // corpus.num_documents)
     return [ids[:share] for ids in corpus.documents()]
-
-
-def checked_device(name: str) -> str:
-    """A device by name, "auto" resolved. Raises InputError for a GPU that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device='cuda' was asked for, but PyTorch sees no GPU; use --device cpu")
-    return name

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from .embedding import DocumentEmbedder
 from .embedding_files import GROUP_ROWS, fingerprint, read_settings
-from .errors import InputError
+from .errors import InputError, check_range
 from .text_files import READERS, check_text
 
 
@@ -32,8 +32,7 @@ def nearest(
     Raises:
         InputError: the files hold no vectors, vectors of different kinds, or of another model.
     """
-    if k < 1:
-        raise InputError(f"k={k} documents are too few; give at least 1")
+    check_range(1, k=k)
     settings = _common_settings(files)
     if not query_file.is_file():
         raise InputError(f"{query_file} does not exist; give a text file as --query-file")

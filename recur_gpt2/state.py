@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
 
 import torch
@@ -19,10 +19,26 @@ from torch import Tensor
 
 from .errors import InputError
 from .files import atomic_path
-from .fingerprint import model_fingerprint
+from .fingerprint import is_of, model_fingerprint
 
 if TYPE_CHECKING:
     from .modeling import RecurGPT2Model
+
+
+class Origin(NamedTuple):
+    """The RecurGPT2Model that left a state, which the state does not keep alive.
+
+    Attributes:
+        model: a weak reference.
+        fingerprint: None while the model is being trained: each step would make another one.
+    """
+
+    model: ref
+    fingerprint: str | None
+
+    @classmethod
+    def of(cls, model: RecurGPT2Model) -> Origin:
+        return cls(ref(model), None if model.training else model_fingerprint(model))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +59,15 @@ class RecurState:
             {"tail.<layer>": (B, 2, H, n, D / H)}, the last n keys and values, aligned to the end, zero in front. With
             `near_tokens` n is at least that many, memory slots count as places in front, and S and z are without the
             last `near_tokens` places.
-        origin: the RecurGPT2Model that left it, as a weak reference; or the fingerprint of the one that left a state
-            that was loaded. None if not known. A model refuses a loaded state that another one left.
+        origin: the RecurGPT2Model that left it; of a state that was loaded, the fingerprint of that model; None if
+            not known. A model refuses a state that another one left.
     """
 
     windows: Tensor
     filled: Tensor
     memory: dict[str, Tensor] = field(default_factory=dict)
     window: dict[str, Tensor] = field(default_factory=dict)
-    origin: ref | str | None = None
+    origin: Origin | str | None = None
 
     @classmethod
     def empty(cls, batch_size: int) -> RecurState:
@@ -73,8 +89,19 @@ class RecurState:
         return self._map(Tensor.detach)
 
     def to(self, *args, **kwargs) -> RecurState:
-        """Memory and window moved or cast as by `Tensor.to`; the counters stay on the CPU."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+        """Memory and window moved or cast as by `Tensor.to`; the counters stay on the CPU, and sums (of linear
+        attention, of pooling) are never cast to 16 bit, which would lose what is small."""
+
+        def cast(group):
+            moved = {name: tensor.to(*args, **kwargs) for name, tensor in group.items()}
+            return {
+                name: group[name].to(each.device, torch.promote_types(each.dtype, torch.float32))
+                if _is_sum(name)
+                else each
+                for name, each in moved.items()
+            }
+
+        return replace(self, memory=cast(self.memory), window=cast(self.window))
 
     def select(self, rows: Tensor | list[int]) -> RecurState:
         """The given rows, in the given order; a row may be left out or repeated."""
@@ -119,19 +146,21 @@ class RecurState:
             save_file(tensors, temporary, metadata=metadata)
 
     def fingerprint(self) -> str | None:
-        """Of the model that left the state; None if that is not known, or gone."""
+        """Of the model that left the state; None if that is not known."""
         if self.origin is None or isinstance(self.origin, str):
             return self.origin
-        model = self.origin()
-        return None if model is None else model_fingerprint(model)
+        model = self.origin.model()
+        return self.origin.fingerprint if model is None else model_fingerprint(model)
 
     def checked_for(self, model: RecurGPT2Model) -> RecurState:
         """The state, if this model left it.
 
         Raises:
-            InputError: it was loaded, and another model left it.
+            InputError: another model left it.
         """
-        if isinstance(self.origin, str) and self.origin != model_fingerprint(model):
+        own = isinstance(self.origin, Origin) and self.origin.model() is model
+        fingerprint = None if own else self.fingerprint()
+        if fingerprint is not None and not is_of(fingerprint, model):
             raise InputError(
                 "the state was left by another model than this one: its configuration or its weights differ; read the "
                 "text again, or load the model that left it"
@@ -181,6 +210,10 @@ class RecurState:
         tensors = {"windows": self.windows, "filled": self.filled}
         tensors |= {f"memory.{key}": tensor for key, tensor in self.memory.items()}
         return tensors | {f"window.{key}": tensor for key, tensor in self.window.items()}
+
+
+def _is_sum(name: str) -> bool:
+    return name == "pooled" or name.startswith("linear.")
 
 
 def _replace_rows(old: Tensor | None, rows: Tensor, new: Tensor | None, batch_size: int) -> Tensor:

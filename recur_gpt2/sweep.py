@@ -20,15 +20,15 @@ from pathlib import Path
 
 import torch
 
-from .errors import InputError
+from .device import checked_device
+from .errors import InputError, check_range
 from .files import atomic_write_text, settings_file
 from .fresh_measurements import FAILED
 from .initialization import load_config
 from .memory import TASKS
 from .recommendation import STEP_TOKENS, default_precision
-from .scoring import checked_device
 from .sweep_models import LANES, METHODS, SweepModels
-from .sweep_points import READ_TOKENS, STEPS, SweepPoints, lengths_of
+from .sweep_points import READ_TOKENS, STEPS, UNSCORED, SweepPoints, lengths_of
 from .sweep_report import write_report
 
 LENGTH_WINDOW = 256  # at which documents of growing length are read, if the sweep has it
@@ -81,8 +81,10 @@ class SweepArguments:
             raise InputError(
                 f"method {unknown[0]!r} is none of task {self.task}'s; use some of {', '.join(methods_of(self.task))}"
             )
-        if self.finetune_tokens < STEP_TOKENS:
-            raise InputError(f"finetune_tokens={self.finetune_tokens} is less than a step; give {STEP_TOKENS} or more")
+        check_range(STEP_TOKENS, finetune_tokens=self.finetune_tokens)
+        check_range(0, eval_tokens=self.eval_tokens)
+        for window in self.windows or ():
+            check_range(2, window=window)
         self.output_dir, self.device = Path(self.output_dir), checked_device(self.device)
         self.finetuned = self.output_dir / "finetuned" if self.finetuned is None else Path(self.finetuned)
 
@@ -189,7 +191,7 @@ def _run(args, points, rows):
     progress = _Progress(sum(work for _, work, _ in tasks))
     for name, work, make in tasks:
         progress.say(name)
-        rows += make()
+        rows += make() or ()
         atomic_write_text(_results(args), "".join(json.dumps(row) + "\n" for row in rows))
         progress.add(work)
     print(f"{len(rows)} rows, report and pictures: {args.output_dir}", flush=True)
@@ -201,6 +203,10 @@ def _tasks(args, points, rows):
     missing = set()
     for window in args.windows:
         for method in args.methods:
+            unscored = [row for row in rows if UNSCORED in row and (row["method"], row["window"]) == (method, window)]
+            if unscored:
+                work = _work(args, METHODS[method], 0, finetuned=True)
+                yield f"{method}, window {window}, its score", work, partial(points.score, unscored)
             # Each budget, and what takes least: between budgets it says from where on a method is there at all.
             budgets = [budget for budget in [*args.budgets, None] if (method, window, budget, None) not in done]
             if budgets:

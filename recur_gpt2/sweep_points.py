@@ -22,6 +22,7 @@ from .recommendation import SEGMENT, STEP_TOKENS, Recommendation, candidates, de
 from .sweep_models import METHODS, SweepModels
 
 NOT_FITTING = "does not fit"
+UNSCORED = "unscored"  # key of a row that was measured: why it could not be scored
 MARGIN = 1.15  # the formulas may be off by so much: what is predicted to take a little more than a budget is tried
 STEPS = 2  # of a measured finetuning, the first of them to warm up
 READ_TOKENS = 16384  # of a measured reading, all lanes together
@@ -77,16 +78,26 @@ class SweepPoints:
         least = smallest[0].use.total / MARGIN if smallest else math.inf
         rows = [self._not_fitting(method, window, budget, least) for budget in budgets if (budget or self.most) < least]
         fitting = [budget for budget in budgets if (budget or self.most) >= least]
-        try:
-            for budget in fitting:
+        for number, budget in enumerate(fitting):
+            try:
                 rows += self._attempts(method, window, budget, settings if budget else smallest)
-            ended = [row for row in rows if row["status"] == OK]
-            quality = self.models.quality(METHODS[method], window) if ended and self.scored else {}
-        except (CalledProcessError, InputError) as error:
-            return [self._failed(method, window, budget, error) for budget in budgets]
-        for row in ended:
-            row |= quality
+            except (CalledProcessError, InputError) as error:  # the next ones would end as this one did
+                rows += [self._failed(method, window, each, error) for each in fitting[number:]]
+                break
+        self.score([row for row in rows if row["status"] == OK])
         return rows
+
+    def score(self, rows: list[dict]) -> None:
+        """Add to measured rows of one method and window how well it predicts; why not, where that fails."""
+        if not rows or not self.scored:
+            return
+        try:
+            quality = self.models.quality(METHODS[rows[0]["method"]], rows[0]["window"])
+        except (CalledProcessError, InputError) as error:
+            quality = {UNSCORED: _said(error)}
+        for row in rows:
+            row.pop(UNSCORED, None)
+            row |= quality
 
     def length(self, method: str, window: int, length: int) -> list[dict]:
         """One row: a document of so many tokens, alone and without recomputation."""

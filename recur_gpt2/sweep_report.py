@@ -303,8 +303,9 @@ def varying_settings(points):
 
 
 def unmeasured(rows):
-    """Every row that has no result, and why."""
+    """Every row that has no result or no score, and why."""
     lines = [f"- {attempt(row)}: {status(row)}{reason(row)}" for row in rows if row.get("status") != "ok"]
+    lines += [f"- {attempt(row)}: measured, not scored ({row['unscored']})" for row in rows if "unscored" in row]
     return "\n".join(lines) or "Everything that was tried was measured."
 
 

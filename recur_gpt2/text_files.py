@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from .errors import InputError
 
 SPLITS = ("train", "validation", "test")
+ALL = "all"  # in place of a split: the test split; all documents of data that has no splits of its own
 HELD_OUT = 0.05  # share of validation, and of test, in data without splits of its own
 TITLE_COLUMNS = ("title", "short_book_title")
 ROWS_AT_ONCE = 8  # of a parquet file, whose rows may be books
@@ -33,7 +34,9 @@ class Document(NamedTuple):
 
 
 def find_files(path: Path, split: str) -> tuple[list[Path], bool]:
-    """(the files to read, whether they are the split already; if not they are all of the data)."""
+    """(the files to read, whether they are the split already; if not they are all of the data). ALL means the test
+    split here."""
+    split = "test" if split == ALL else split
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise InputError(f"{path} is not a {', '.join(READERS)} file; convert it to one of these")
@@ -80,6 +83,18 @@ def digests_of(digests: list[str], split: str) -> set[str] | None:
     held_out = max(1, round(HELD_OUT * len(ranked)))
     parts = {"validation": ranked[:held_out], "test": ranked[held_out : 2 * held_out], "train": ranked[2 * held_out :]}
     return set(parts[split])
+
+
+def split_rule(digests: list[str]) -> str:
+    """How data without splits of its own is split, for a person to read."""
+    if digests_of(digests, "train") is None:
+        return (
+            f"few documents to share out: of each the first {1 - 2 * HELD_OUT:.0%} of the characters are train, the "
+            f"next {HELD_OUT:.0%} validation, the last test"
+        )
+    counts = {split: sum(digest in digests_of(digests, split) for digest in digests) for split in SPLITS}
+    shares = ", ".join(f"{count} {split}" for split, count in counts.items())
+    return f"a hash of each text makes {shares} of its {len(digests)} documents"
 
 
 def cut(row: dict, split: str) -> dict:

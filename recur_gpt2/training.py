@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .checkpoints import Checkpoint, Checkpoints
-from .errors import InputError
+from .errors import LARGEST_FLOAT, LARGEST_SEED, InputError, check_range
 from .layers import is_feature_map, is_new
 from .modeling import RecurGPT2LMHeadModel
 from .optimization import make_optimizer, set_rates
@@ -78,19 +78,16 @@ class TrainingArguments:
     """Steps between checkpoints."""
 
     def __post_init__(self):
-        for name in ("steps", "lanes", "bptt", "accumulate", "save_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.parallel_windows is not None and self.parallel_windows < 1:
-            raise InputError(f"parallel_windows={self.parallel_windows} must be at least 1")
-        for name in ("transfer_steps", "new_first_steps"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}={getattr(self, name)} must not be negative")
+        counts = ("steps", "lanes", "bptt", "accumulate", "save_every", "parallel_windows")
+        check_range(1, **{name: getattr(self, name) for name in counts})
+        check_range(0, transfer_steps=self.transfer_steps, new_first_steps=self.new_first_steps)
+        check_range(0, LARGEST_SEED, seed=self.seed)
         if self.new_first_steps > self.steps:
             raise InputError(f"new_first_steps={self.new_first_steps} exceeds steps={self.steps}; use {self.steps}")
-        for name in ("lr", "recurrence_lr", "transfer_lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)} must be positive")
+        rates = {name: getattr(self, name) for name in ("lr", "recurrence_lr", "transfer_lr", "clip")}
+        check_range(0, LARGEST_FLOAT, above=True, **rates)
+        check_range(0, LARGEST_FLOAT, weight_decay=self.weight_decay)
+        check_range(0, 1, warmup=self.warmup)
 
     @property
     def all_steps(self) -> int:
@@ -116,7 +113,7 @@ class Trainer:
         device: str = "auto",
     ):
         """`folder` holds checkpoints and logs. `device`: "auto", "cpu" or "cuda"."""
-        _check_transfer(model, args)
+        _check_what_learns(model, args)
         self.args, self.folder, self.corpus = args, Path(folder), corpus
         self.model = model
         self.learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -139,10 +136,7 @@ class Trainer:
         """
         processes = self.processes
         with processes.agreeing():
-            if not resume and self.checkpoints.latest() is not None:
-                raise InputError(
-                    f"{self.folder} already holds a run's checkpoints; resume that run or give another --output-dir"
-                )
+            self.checkpoints.check(resume=resume)
             torch.manual_seed(self.args.seed + processes.index)  # dropout differs between processes
             self.model.to(processes.device)
             optimizer = make_optimizer(self.model, self.args)
@@ -162,7 +156,7 @@ class Trainer:
             disable=not processes.is_main,
         )
         stopping = False  # looked up once a step: a signal in between is one for the next step
-        with self._interruptible(), bar:
+        with self._interruptible(), self._all_learning_afterwards(), bar:
             while step < self.args.all_steps and not stopping:
                 began = time.perf_counter()
                 set_rates(optimizer, self.args, step)
@@ -204,7 +198,8 @@ class Trainer:
             scored = int(self.processes.sum(segment.scored))
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 total, state = loss(segment.to(device), state)
-            (total / (max(1, scored) * self.args.accumulate)).backward()
+            if total.requires_grad:  # first windows do not depend on the memory, which may be all that learns
+                (total / (max(1, scored) * self.args.accumulate)).backward()
             nats, count = nats + total.item(), count + scored
         self.processes.sum_gradients(self.model)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
@@ -237,7 +232,7 @@ class Trainer:
         """What to compute in: as the main process measures; a resumed run goes on in the type that it began with."""
         if saved is not None:
             return torch.bfloat16 if saved.precision == "bfloat16" else None
-        dtype = autocast_dtype(self.model, self.args.precision)
+        dtype = autocast_dtype(self.model, self.args.precision, training=True)
         return torch.bfloat16 if self.processes.any(self.processes.is_main and dtype is not None) else None
 
     def _start(self, saved: Checkpoint | None):
@@ -266,6 +261,15 @@ class Trainer:
         if writer is not None:
             for name in (measure, "tokens_per_second"):
                 writer.add_scalar(name, row[name], row["step"])
+
+    @contextmanager
+    def _all_learning_afterwards(self):
+        """What a phase leaves out learns again when the run is over, however it ends."""
+        try:
+            yield
+        finally:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in self.learning)
 
     @contextmanager
     def _interruptible(self):
@@ -314,7 +318,12 @@ MODEL_SETTINGS = {
 }
 
 
-def _check_transfer(model, args):
+def _check_what_learns(model, args):
+    if args.new_first_steps and not any(map(is_new, dict(model.named_parameters()))):
+        raise InputError(
+            f"new_first_steps={args.new_first_steps} trains what is new alone, and nothing is new in this model; leave "
+            f"it out, or give the model a recurrence or linear attention"
+        )
     if args.transfer_steps and not any(map(is_feature_map, dict(model.named_parameters()))):
         raise InputError(
             f"transfer_steps={args.transfer_steps} teaches feature maps, and this model has none that learns; "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,7 +55,8 @@ class Writing:
 
     @torch.no_grad()
     def write(self, max_new_tokens: int, stream: Callable[[str], None], **options) -> int:
-        """Write on, after what was read; Ctrl-C stops between two tokens.
+        """Write on, after what was read. Ctrl-C stops between two tokens, and so does a `stream` that raises
+        BrokenPipeError, since nobody reads it any more.
 
         Args:
             max_new_tokens: at most.
@@ -76,7 +78,7 @@ class Writing:
                 attention_mask=torch.ones_like(self._last),
                 cache=self._cache,
                 max_new_tokens=max_new_tokens,
-                streamer=TextStream(self.tokenizer, stream),
+                streamer=TextStream(self.tokenizer, partial(_unless_closed, stream, stop)),
                 stopping_criteria=StoppingCriteriaList([stop]),
                 pad_token_id=self.tokenizer.eos_token_id,
                 **options,
@@ -97,7 +99,7 @@ class Writing:
         state = RecurState.load(path, self.model.device)
         if state.batch_size != 1:
             raise InputError(f"{path} holds the states of {state.batch_size} documents; save one, state.select([row])")
-        self._cache = RecurCache(self.model, state.to(self.model.dtype))
+        self._cache = RecurCache(self.model, state)
         with safe_open(path, "pt", device=str(self.model.device)) as file:
             names = set(file.keys())
             if "last.token" in names:
@@ -111,6 +113,13 @@ class Writing:
 
     def _read_last(self, token):
         self._last, self._hidden = token, self._cache.step(token)
+
+
+def _unless_closed(stream, stop, text):
+    try:
+        stream(text)
+    except BrokenPipeError:
+        stop.wanted = True
 
 
 class TextStream(BaseStreamer):

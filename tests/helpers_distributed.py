@@ -142,7 +142,7 @@ def full_disk(folder):
 def measured_differently(folder):
     """Which type is faster, each process may find differently."""
     asked = training.autocast_dtype
-    training.autocast_dtype = lambda *_: torch.bfloat16 if INDEX == 0 else None
+    training.autocast_dtype = lambda *_, **__: torch.bfloat16 if INDEX == 0 else None
     used = []
     trainer = small_run(tiny_model(), folder, steps=1, precision="auto")
     whole_step = trainer._step

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recur_gpt2 import RecurGPT2Config, RecurGPT2LMHeadModel, accounting, attention
 from recur_gpt2.accounting import Meter, flops_per_token, peak_resident, weight_bytes
+from recur_gpt2.feature_maps import FEATURE_MAPS, T2R
 from recur_gpt2.losses import summed_loss
 from recur_gpt2.state import RecurState
 
@@ -235,3 +236,17 @@ def test_states_do_not_grow_with_the_document():
         sizes = {model(torch.ones(1, 8 * windows, dtype=torch.int64)).state.nbytes for windows in (1, 2, 9)}
     assert len(sizes) == 1
     assert sizes.pop() > RecurState.empty(1).nbytes
+
+
+def test_what_a_feature_map_costs_is_asked_of_the_map(monkeypatch):
+    """One that was added elsewhere is counted like those that are here."""
+
+    class Wider(T2R):
+        @classmethod
+        def sizes(cls, width, feature_size):
+            return 2 * feature_size, 3
+
+    options = BASE | {"recurrence": "none", "linear_layers": "all"}
+    monkeypatch.setitem(FEATURE_MAPS, "wider", Wider)
+    assert accounting.head_features(RecurGPT2Config(**options, feature_map="wider", feature_size=8)) == (16, 16, 3)
+    assert flops_per_token(RecurGPT2Config(**options, feature_map="wider")) > 0

@@ -126,8 +126,9 @@ def test_a_checkpoint_can_be_written_again(tmp_path):
 def test_an_unfinished_folder_is_no_checkpoint_and_is_cleared_by_the_next_one(tmp_path):
     saved = checkpoints_in(tmp_path, {})
     saved.save(*parts(), checkpoint_of(1))
-    (tmp_path / "step-00000002.unfinished").mkdir()
-    (tmp_path / "step-00000002.unfinished" / "model.safetensors").write_bytes(b"half")
+    unfinished = tmp_path / ".step-00000002.0123abcd.unfinished"
+    unfinished.mkdir()
+    (unfinished / "model.safetensors").write_bytes(b"half")
     assert saved.latest().name == "step-00000001"
     saved.save(*parts(), checkpoint_of(3))
     assert names(tmp_path) == ["step-00000001", "step-00000003"]

@@ -9,8 +9,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from recur_gpt2 import DocumentEmbedder, InputError
 from recur_gpt2.cli import main
+from recur_gpt2.device import checked_device
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "data" / "gpt2-mini"
@@ -128,10 +132,8 @@ def test_evaluate_scores_a_saved_recurrent_model(documents, tmp_path, capsys):
     assert finetune(documents, tmp_path / "out", "--no-control") == 0
     model = tmp_path / "out" / "recurrent" / "model"
     report = tmp_path / "rows.json"
-    status = main(
-        ["evaluate", "--model", str(model), "--data", str(documents), "--json", str(report), "--precision", "float32"]
-    )
-    assert status == 0
+    options = ["--data", str(documents), "--split", "test", "--json", str(report), "--precision", "float32"]
+    assert main(["evaluate", "--model", str(model), *options]) == 0
     rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
     assert rows.keys() >= {"disjoint", "overlap", "recurrent", "recurrent+overlap", "zeroed"}
     trained = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
@@ -294,8 +296,202 @@ def test_refused_input_leaves_the_folder_of_another_run_alone(documents, tmp_pat
     assert finetune(documents, tmp_path / "out", "--no-control") == 0
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     refused(finetune(documents, tmp_path / "out", "--no-control", "--resume", "--window", "8"), capsys)
-    kept = {path: path.read_bytes() for path in files if path.name != "settings.json"}
-    assert all(files[path] == content for path, content in kept.items())
+    refused(finetune(documents, tmp_path / "out", "--no-control", "--resume", "--steps", "9"), capsys)
+    assert {path: path.read_bytes() for path in files} == files
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", "{", "config.json of"),
+        ("config.json", "[1]", "config.json of"),
+        ("config.json", '{"model_type": "gpt2", "n_layer": "six"}', "n_layer"),
+        ("tokenizer.json", "{}", "the tokenizer of"),
+        ("tokenizer_config.json", "[1]", "the tokenizer of"),
+        ("pytorch_model.bin", "", "the weights of"),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_refused_by_name(file, content, said, documents, tmp_path, capsys):
+    folder = copy_model(tmp_path)
+    (folder / file).write_text(content)
+    if file == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    message = refused(main(["evaluate", "--model", str(folder), "--data", str(documents)]), capsys)
+    assert said in message
+    assert str(folder) in message
+
+
+def test_weights_that_are_more_than_tensors_are_not_opened(documents, tmp_path, capsys):
+    class RunsCode:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    folder = copy_model(tmp_path)
+    torch.save({**load_file(folder / "model.safetensors"), "more": RunsCode()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for command in (["evaluate", "--data", str(documents)], ["generate", "--prompt", "It"]):
+        message = refused(main([*command, "--model", str(folder)]), capsys)
+        assert "a pickle of more than tensors" in message
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a place that nobody can write to")
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(
+    documents, tmp_path, capsys, monkeypatch
+):
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("recur_gpt2.loading.load_any", load)
+    monkeypatch.setattr("recur_gpt2.embedding.load_any", load)
+    monkeypatch.setattr("recur_gpt2.scoring.load_any", load)
+    monkeypatch.setattr("recur_gpt2.experiment.load_any", load)
+    (tmp_path / "file").write_text("no folder")
+    data = ["--data", str(documents)]
+    for nowhere in ("/proc/nowhere/x", str(tmp_path / "file" / "x")):
+        for command in (
+            ["embed", str(documents), "-o", nowhere],
+            ["evaluate", *data, "--json", nowhere],
+            ["convert", "--output", nowhere],
+            ["generate", "--prompt", "It", "--state-out", nowhere],
+            ["finetune", *data, "--output-dir", nowhere],
+            ["sweep", *data, "--windows", "64", "--output-dir", nowhere],
+        ):
+            message = refused(main(command), capsys)
+            assert f"{nowhere} cannot be written" in message, command
+    for command in (["embed", str(documents), "-o"], ["evaluate", *data, "--json"]):
+        assert f"{tmp_path} is a folder" in refused(main([*command, str(tmp_path)]), capsys)
+
+
+BAD_NUMBERS = {
+    "finetune": (
+        "seed=-1",
+        "lr=inf",
+        "transfer_lr=nan",
+        "lanes=1180591620717411303424",
+        "save_every=0",
+        "eval_tokens=1",
+    ),
+    "evaluate": ("lanes=0", "parallel_windows=-1", "eval_tokens=-5"),
+    "convert": ("feature_size=70000", "window=1"),
+    "embed": ("batch_tokens=0", "batch_tokens=1180591620717411303424"),
+    "generate": ("temperature=0.0", "temperature=nan", "top_k=-1", "top_p=1.5", "repetition_penalty=0.0", "seed=-1"),
+    "sweep": ("eval_tokens=-1", "finetune_tokens=1"),
+}
+
+
+@pytest.mark.parametrize(("command", "number"), [(name, each) for name, all in BAD_NUMBERS.items() for each in all])
+def test_a_number_that_a_library_would_refuse_is_refused_in_a_sentence(command, number, documents, tmp_path, capsys):
+    needed = {
+        "finetune": ["--output-dir", tmp_path / "out"],
+        "evaluate": [],
+        "convert": ["--output", tmp_path / "out"],
+        "embed": [documents, "-o", tmp_path / "e.parquet"],
+        "generate": ["--prompt", "It"],
+        "sweep": ["--output-dir", tmp_path / "out"],
+    }
+    data = ["--data", documents] if command in ("finetune", "evaluate", "sweep") else []
+    name, value = number.split("=")
+    words = [command, *needed[command], *data, f"--{name.replace('_', '-')}={value}"]
+    assert number in refused(main(list(map(str, words))), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there_is_refused_by_every_command(device, tmp_path):
+    """--device offers what argparse knows; the API is asked for anything."""
+    with pytest.raises(InputError, match=f"device='{device}'"):
+        DocumentEmbedder.from_pretrained(str(MODEL), device=device)
+    with pytest.raises(InputError, match=f"device='{device}'"):
+        checked_device(device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_commands_say_in_a_sentence_that_there_is_no_gpu(documents, tmp_path, capsys):
+    vectors = str(tmp_path / "e.parquet")
+    assert main(["embed", str(documents), "-o", vectors]) == 0
+    capsys.readouterr()
+    for command in (
+        ["embed", str(documents), "-o", str(tmp_path / "f.parquet")],
+        ["search", vectors, "--query-file", str(documents / "0.txt")],
+        ["evaluate", "--data", str(documents)],
+        ["generate", "--prompt", "It"],
+        ["finetune", "--data", str(documents), "--output-dir", str(tmp_path / "out")],
+        ["sweep", "--data", str(documents), "--output-dir", str(tmp_path / "out")],
+    ):
+        assert "device='cuda'" in refused(main([*command, "--device", "cuda"]), capsys), command
+
+
+# ---- which documents -------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_reads_data_without_splits_whole_and_a_named_split_as_finetune_makes_it(tmp_path, capsys):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(text(60, number) + f" number {number}", encoding="utf-8")
+    scores = tmp_path / "scores.json"
+    common = ["evaluate", "--data", str(folder), "--protocols", "disjoint", "--window", "16", "--json", str(scores)]
+    assert main(common) == 0
+    assert "12 documents of" in capsys.readouterr().err
+    assert len(json.loads(scores.read_text())["tokens_by_document"]) == 12
+    assert main([*common, "--split", "test"]) == 0
+    assert "makes 10 train, 1 validation, 1 test of its 12 documents" in capsys.readouterr().err
+    assert len(json.loads(scores.read_text())["tokens_by_document"]) == 1
+    assert main([*common, "--data", "pg19-sample", "--eval-tokens", "200"]) == 0
+    assert len(json.loads(scores.read_text())["tokens_by_document"]) == 18, "the test split that it has"
+
+
+def test_finetune_says_which_split_it_makes(documents, tmp_path, capsys):
+    assert finetune(documents, tmp_path / "out", "--no-control", "--rows") == 0
+    assert "makes 4 train, 1 validation, 1 test of its 6 documents" in capsys.readouterr().err
+
+
+def test_a_protocol_that_cannot_be_scored_is_refused_with_the_true_reason(documents, tmp_path, capsys):
+    one = ["evaluate", "--data", str(documents / "0.txt"), "--window", "16", "--last-slots", "4"][:5]
+    recurrent = [*one, "--recurrence", "default"]
+    said = refused(main([*recurrent, "--protocols", "shuffled"]), capsys)
+    assert "there is only 1" in said
+    assert "needs a recurrence" in refused(main([*one, "--protocols", "recurrent"]), capsys)
+    assert "'sideways' is not known" in refused(main([*one, "--protocols", "sideways"]), capsys)
+    for rows, options, why in (
+        ("recurrent_shuffled", [], "there is only 1"),
+        ("recurrent_zeroed", ["--recurrence", "none", "--last-slots", "0"], "needs a recurrence"),
+        ("finetuned_disjoint", ["--no-control"], "--no-control leaves out"),
+    ):
+        message = refused(finetune(documents, tmp_path / "out", "--rows", rows, *options), capsys)
+        assert rows in message
+        assert why in message
+    assert not (tmp_path / "out").exists()
+
+
+# ---- what is asked for and what is read ------------------------------------------------------------------------------
+
+
+def test_the_models_own_attention_may_be_repeated(documents, tmp_path, capsys):
+    assert main(["convert", "--window", "16", "--feature-map", "elu", "--output", str(tmp_path / "t2r")]) == 0
+    own = ["--model", str(tmp_path / "t2r"), "--no-control", "--rows", "--last-slots", "0", "--attention", "t2r"]
+    assert finetune(documents, tmp_path / "out", *own, "--feature-map", "elu", "--recurrence", "none") == 0
+    message = refused(finetune(documents, tmp_path / "out2", *own, "--t2r-layers", "75%"), capsys)
+    assert "linear_layers" in message
+
+
+def test_output_that_nobody_reads_any_more_ends_a_command_quietly_with_its_files_written(documents, tmp_path):
+    """As `recur-gpt2 generate | head` does."""
+    for command, file in (
+        (["generate", "--prompt", "It was", "--max-new-tokens", "100000", "--state-out"], "state"),
+        (["evaluate", "--data", str(documents), "--protocols", "disjoint", "--json"], "scores.json"),
+    ):
+        words = [sys.executable, "-m", "recur_gpt2.cli", *command, str(tmp_path / file)]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        if file == "state":
+            process.stdout.read(5)
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(timeout=120) == 141, errors
+        assert "Traceback" not in errors
+        assert "BrokenPipe" not in errors
+        assert (tmp_path / file).exists()
 
 
 def test_the_main_job_explains_its_flags():

@@ -343,7 +343,7 @@ def test_16_bit_gives_nearly_the_same_in_float32(dtype, make_embedder, tokenizer
         ({"pooling": "max"}, "pooling='max' is not known; use one of mean, last, memory"),
         ({"layer": 5}, "layer=5 does not exist; give 0, the embeddings, to 4"),
         ({"layer": -6}, "layer=-6 does not exist"),
-        ({"batch_tokens": 0}, "batch_tokens=0 is too few"),
+        ({"batch_tokens": 0}, "batch_tokens=0 must be at least 1"),
         ({"layer": 0, "pooling": "memory"}, "layer=0 leaves no memory .*: 1, 2, 3, 4"),
     ],
 )

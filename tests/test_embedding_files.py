@@ -232,7 +232,7 @@ def test_searches_that_cannot_be_made_are_refused(texts, embedder, capsys):
     )
     assert "q2.txt does not exist; give a text file" in search_error(capsys, "e.parquet", "--query-file", "q2.txt")
     assert "none.txt is empty; write a text to it" in search_error(capsys, "e.parquet", "--query-file", "none.txt")
-    assert "k=0 documents are too few" in search_error(capsys, "e.parquet", *query, "-k", "0")
+    assert "k=0 must be at least 1" in search_error(capsys, "e.parquet", *query, "-k", "0")
     assert "is no readable parquet file" in search_error(capsys, "missing.parquet", *query)
 
 

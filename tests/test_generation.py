@@ -8,7 +8,7 @@ from conftest import ALL_FORMS, GPT2_OPTIONS, WINDOW, assert_same_state, random_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from recur_gpt2 import RecurState
@@ -154,6 +154,54 @@ def test_generate_takes_a_cache_or_a_state_under_either_name_without_a_warning(m
         transformers_logger.removeHandler(caplog.handler)
     assert more[:, 1:].equal(expected[:, -4:])
     assert not [record for record in caplog.records if "deprecated" in record.getMessage()]
+
+
+def test_a_cache_of_another_kind_is_refused_unless_it_is_empty(make_model):
+    """A generate() that makes one for every model, as transformers does for its own, is not let down by that."""
+    model, ids = make_model("default"), random_ids(1, 3)
+    assert_close(model(ids, cache=DynamicCache()).logits, model(ids).logits, **EXACT)
+    filled = DynamicCache()
+    filled.update(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8), 0)
+    with pytest.raises(InputError, match="a DynamicCache is another model's"):
+        model(ids, cache=filled)
+
+
+@pytest.mark.parametrize("form", ["default", "near, default", "near, whole window", "t2r, default"])
+def test_a_cache_that_was_reset_keeps_nothing_of_the_document_before(form, make_model):
+    model, ids, other = make_model(form), random_ids(1, 2 * WINDOW + 3), random_ids(1, 3, seed=1)
+    cache = model(ids, use_cache=True)[CACHE]
+    cache.held = torch.zeros(1, 1, model.config.n_embd)
+    cache.reset()
+    for token in other.split(1, dim=1):
+        model(token, cache=cache)
+    fresh = RecurCache(model, RecurState.empty(1))
+    for token in other.split(1, dim=1):
+        model(token, cache=fresh)
+    kept, expected = cache.state(), fresh.state()
+    assert all(torch.equal(kept.window[name], tensor) for name, tensor in expected.window.items())
+
+
+def test_a_held_token_is_read_once_however_it_is_gone_on_from(make_model):
+    """It was read before: for several texts from it, and never again after other tokens."""
+    model, ids = make_model("default"), random_ids(1, WINDOW + 3)
+    expected = recomputed(model, ids, WINDOW)[:, ids.shape[1] :]
+
+    def holding():
+        cache = RecurCache(model, model(ids[:, :-1]).state)
+        cache.held = cache.step(ids[:, -1:])
+        cache.seen = 0
+        return cache
+
+    several = generate(model, ids[:, -1:], cache=holding(), max_new_tokens=WINDOW, num_return_sequences=2, num_beams=2)
+    alone = generate(model, ids, max_new_tokens=WINDOW, num_return_sequences=2, num_beams=2)
+    assert several[:, 1:].equal(alone[:, ids.shape[1] :])
+    one = generate(model, ids[:, -1:], cache=holding(), max_new_tokens=WINDOW, **GREEDY)
+    assert one[:, 1:].equal(expected)
+    with pytest.raises(InputError, match="read already"):
+        model(ids[:, -2:], cache=holding())
+    cache = holding()
+    cache.go_on(model(ids).state, seen=1)
+    assert cache.held is None
 
 
 def test_the_cache_does_not_grow(make_model):

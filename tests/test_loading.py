@@ -8,7 +8,7 @@ from conftest import FORMS, WINDOW, random_gpt2, random_ids
 from torch.testing import assert_close
 from transformers import GPT2LMHeadModel
 
-from recur_gpt2 import RecurGPT2LMHeadModel
+from recur_gpt2 import InputError, RecurGPT2LMHeadModel
 from recur_gpt2.accounting import Meter, weight_bytes
 from recur_gpt2.loading import load_any, plain_copy
 
@@ -29,6 +29,15 @@ def test_the_plain_copy_is_the_gpt2_that_a_model_was_made_from(options, gpt2_fol
     assert plain.lm_head.weight is plain.transformer.wte.weight, "tied weights stay tied"
     assert (plain.config.window, plain.config.is_recurrent, plain.config.linear_layers) == (WINDOW, False, [])
     assert not plain.training
+
+
+def test_one_of_our_models_that_lacks_weights_is_refused(gpt2_folder, tmp_path):
+    """transformers would make them up."""
+    model = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, window=WINDOW)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "recurrence" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(InputError, match="does not hold a whole model of recur_gpt2; it lacks"):
+        load_any(tmp_path)
 
 
 def test_the_plain_copy_holds_no_second_set_of_weights(gpt2_folder):

@@ -343,3 +343,14 @@ def test_a_state_of_fewer_layers_is_refused(form, tokens, make_model):
 def test_a_layer_that_does_not_exist_is_refused(layer, make_model):
     with pytest.raises(InputError, match=f"layer={layer} .*give 0, .* to 4"):
         make_model("default").transformer(random_ids(1, 2), layer=layer)
+
+
+def test_what_would_do_nothing_or_read_without_memory_is_refused(make_model):
+    """transformers' gradient checkpointing wraps whole layers, which are read in parts here."""
+    model = make_model("default")
+    for switch in (model.gradient_checkpointing_enable, model.activation_checkpointing_enable):
+        with pytest.raises(InputError, match="--checkpointing"):
+            switch()
+    assert not model.supports_gradient_checkpointing
+    with pytest.raises(InputError, match="cannot be called by itself"):
+        model.transformer.h[0](torch.zeros(1, 3, model.config.n_embd))

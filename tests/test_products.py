@@ -90,6 +90,29 @@ def test_without_onednn_the_module_does_it_itself(monkeypatch):
     assert not calls.quick
 
 
+@pytest.mark.parametrize("broken", ["missing", "other arguments", "other numbers"])
+def test_an_operator_that_is_not_what_it_was_is_not_used(broken, monkeypatch):
+    def changed(rows, weight, bias):
+        if broken == "missing":
+            raise AttributeError("no such operator")
+        if broken == "other arguments":
+            raise RuntimeError("expected at most 5 arguments")
+        return rows @ weight.T
+
+    monkeypatch.setattr(products, "_onednn_product", changed)
+    assert not products._has_onednn_product()
+
+
+def test_without_the_operator_products_are_the_modules_own(make_model, monkeypatch):
+    model, ids = make_model(dtype=torch.float32), random_ids(2, 11)
+    with torch.no_grad():
+        expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        monkeypatch.setattr(products, "ONEDNN", False)
+        with Calls() as calls:
+            assert model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0).equal(expected)
+    assert not calls.quick
+
+
 @needs_onednn
 def test_a_token_of_a_model_goes_that_way_and_means_the_same(make_model):
     model, exact = make_model(dtype=torch.float32), make_model()

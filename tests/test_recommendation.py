@@ -84,6 +84,16 @@ def test_the_longest_window_leaves_positions_for_the_memory_in_front_of_it():
     assert recommend(MODEL, 2**31, windows=(1024,)).config.window == 1024
 
 
+def test_a_window_that_was_asked_for_is_the_one_or_is_refused(tmp_path):
+    assert recommend(MODEL, 2**31, windows=(500,)).config.window == 500
+    with pytest.raises(InputError, match="window=4096 exceeds the model's 1024 positions"):
+        recommend(MODEL, 2**31, windows=(4096,))
+    ours = str(ROOT / "data" / "recur-gpt2-mini")
+    assert recommend(ours, 2**31, windows=(256,)).config.window == 256
+    with pytest.raises(InputError, match="made for window=256, not 64"):
+        recommend(ours, 2**31, windows=(64,))
+
+
 def test_a_budget_that_holds_nothing_is_refused_with_the_least_that_would():
     with pytest.raises(InputError, match="the least is") as refused:
         recommend(MODEL, 50 * MIB)

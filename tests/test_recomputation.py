@@ -185,6 +185,11 @@ def test_gradients_are_added_to_those_of_earlier_segments():
     assert_close([None if each.grad is None else each.grad / 2 for each in model.parameters()], once)
 
 
+def test_a_pytorch_that_does_not_tell_whether_gradients_are_added_is_trusted(monkeypatch):
+    monkeypatch.delattr(torch.autograd, "_is_checkpoint_valid")
+    assert recomputation._is_backward()
+
+
 def test_no_second_set_of_gradients_is_made(monkeypatch):
     """Neither of the head nor of the embedding, which are the largest."""
     monkeypatch.setattr(losses, "VOCABULARY_ROWS", 10)

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import gc
+import itertools
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from recur_gpt2 import InputError, RecurState
+from recur_gpt2.generation import RecurCache
 
 
 def tensors(state):
@@ -122,7 +125,9 @@ def test_detach_cuts_the_graph_and_keeps_the_numbers(make_model):
 def test_to_casts_what_is_computed_with_and_leaves_the_counters(model):
     state = ragged(model, [WINDOW + 5, 3])
     cast = state.to(torch.bfloat16)
-    assert {tensor.dtype for tensor in (*cast.memory.values(), *cast.window.values())} == {torch.bfloat16}
+    for name, tensor in (*cast.memory.items(), *cast.window.items()):
+        is_sum = name == "pooled" or name.startswith("linear.")
+        assert tensor.dtype == (torch.float32 if is_sum else torch.bfloat16)
     assert cast.windows.dtype == cast.filled.dtype == torch.int64
     for name, tensor in tensors(cast).items():
         assert_close(tensor.double(), tensors(state)[name].double(), rtol=1e-2, atol=1e-2)
@@ -272,8 +277,60 @@ def test_a_state_of_another_model_is_refused(make_model, gpt2_folder, tmp_path):
             other(ids, state=loaded)
         with pytest.raises(InputError, match="left by another model"):
             other.generate(ids, state=loaded, max_new_tokens=2)
+    half = copy.deepcopy(model).to(torch.float16)
+    half(ids, state=loaded)
+    half(ids).state.save(tmp_path / "half.safetensors")
+    for dtype in (torch.float32, torch.bfloat16):  # rounded twice, from float16
+        copy.deepcopy(half).to(dtype)(ids, state=RecurState.load(tmp_path / "half.safetensors"))
     loaded.save(file)
     assert RecurState.load(file).origin == loaded.origin, "a state that was loaded keeps its fingerprint"
+
+
+def test_a_live_state_of_another_model_is_refused_also_when_that_one_is_gone(make_model):
+    model, ids = make_model("default"), random_ids(1, WINDOW + 3)
+    other = copy.deepcopy(model)
+    other.transformer.h[1].attn.c_attn.bias.data += 0.1
+    state = other(ids).state
+    cache = RecurCache(other, state).state()
+    for left in (state, cache):
+        with pytest.raises(InputError, match="left by another model"):
+            model(ids, state=left)
+        with pytest.raises(InputError, match="left by another model"):
+            model.generate(ids, state=left, max_new_tokens=2)
+    del other
+    gc.collect()
+    with pytest.raises(InputError, match="left by another model"):
+        model(ids, state=state)
+    twin = copy.deepcopy(model)
+    assert torch.equal(model(ids, state=twin(ids).state).logits, model(ids, state=model(ids).state).logits)
+
+
+def test_a_state_goes_on_while_its_model_is_being_trained(make_model):
+    model, ids = copy.deepcopy(make_model("default")).train(), random_ids(1, WINDOW + 3)
+    state = model(ids).state.detach()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight += 0.1
+    model(ids, state=state)
+
+
+@pytest.mark.parametrize("form", ["carried, default", "near, default", "yoshida2020", "hedgehog, yoshida2020"])
+def test_each_part_of_a_state_keeps_its_type_in_a_model_of_any(form, make_model, tmp_path):
+    """Sums are never in 16 bit; keys and values are in the model's type, whichever type they come in."""
+    ids, models = random_ids(2, 2 * WINDOW + 3), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        models[dtype] = copy.deepcopy(make_model(form)).to(dtype)
+    for left, goes_on in itertools.product(models, repeat=2):
+        state = models[left](ids).state
+        state.save(tmp_path / "state.safetensors")
+        loaded = RecurState.load(tmp_path / "state.safetensors")
+        out = models[goes_on](ids[:, :2], state=loaded).state
+        kept = RecurCache(models[goes_on], loaded).state()
+        for name, tensor in itertools.chain(*(group.items() for s in (out, kept) for group in (s.memory, s.window))):
+            is_sum = name == "pooled" or name.startswith("linear.")
+            assert tensor.dtype == (torch.float32 if is_sum else goes_on), name
+        for name, tensor in loaded.to(torch.bfloat16).memory.items():
+            if name == "pooled" or name.startswith("linear."):
+                assert torch.equal(tensor, loaded.memory[name]), "not rounded on the way"
 
 
 def test_a_state_whose_file_cannot_be_written_leaves_the_old_one(make_model, tmp_path, monkeypatch):

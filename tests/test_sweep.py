@@ -19,6 +19,7 @@ from recur_gpt2.sweep import SweepArguments, run_sweep
 from recur_gpt2.sweep_choice import best_measured
 from recur_gpt2.sweep_models import METHODS, SweepModels
 from recur_gpt2.sweep_points import MARGIN, NOT_FITTING
+from recur_gpt2.sweep_report import unmeasured
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(ROOT / "data" / "gpt2-mini")
@@ -222,18 +223,45 @@ def test_text_that_is_not_there_is_said_before_anything_is_done(tmp_path, jobs):
     assert not args.output_dir.exists()
 
 
-def test_a_failure_is_a_row_and_is_tried_again(tmp_path, monkeypatch, jobs, finetunings):
+def test_what_was_measured_survives_a_failed_finetuning_and_is_scored_later(tmp_path, monkeypatch, jobs, finetunings):
     def failing(folder, flags):
         raise subprocess.CalledProcessError(2, ["finetune"])
 
     works = sweep_models.finetuned
     monkeypatch.setattr(sweep_models, "finetuned", failing)
     rows = points_of(run_sweep(arguments(tmp_path, methods=["recurrent"])))
-    assert {row["status"] for row in rows if row["budget_bytes"] == 400 * MIB} == {FAILED}
+    measured = [row for row in rows if row["budget_bytes"] == 400 * MIB]
+    assert {row["status"] for row in measured} == {OK}
+    assert all(row["peak_memory_bytes"] and "ended with status 2" in row["unscored"] for row in measured)
+    assert "measured, not scored (" in unmeasured(rows)
+    before = len(jobs)
     monkeypatch.setattr(sweep_models, "finetuned", works)
     again = points_of(run_sweep(arguments(tmp_path, methods=["recurrent"], resume=True)))
-    assert {row["status"] for row in again if row["budget_bytes"] == 400 * MIB} == {OK}
+    assert len(jobs) == before, "nothing is measured twice"
+    scored = [row for row in again if row["budget_bytes"] == 400 * MIB]
+    assert all(row["nats"] > 0 and "unscored" not in row for row in scored)
     assert len({key(row) for row in again}) == len(again) == len(rows)
+
+
+def test_a_measurement_that_fails_leaves_those_before_it_and_is_tried_again(tmp_path, monkeypatch, jobs, finetunings):
+    works = sweep_points.measured
+
+    def failing(job):
+        if job.budget == 400 * MIB:
+            raise subprocess.CalledProcessError(2, ["python", "-m", "measure", "it"])
+        return works(job)
+
+    budgets = [300 * MIB, 400 * MIB]
+    monkeypatch.setattr(sweep_points, "measured", failing)
+    rows = points_of(run_sweep(arguments(tmp_path, methods=["recurrent"], budgets=budgets)))
+    assert {row["status"] for row in rows if row["budget_bytes"] == 400 * MIB} == {FAILED}
+    kept = [row for row in rows if row["budget_bytes"] == 300 * MIB]
+    assert kept
+    assert FAILED not in {row["status"] for row in kept}
+    monkeypatch.setattr(sweep_points, "measured", works)
+    again = points_of(run_sweep(arguments(tmp_path, methods=["recurrent"], budgets=budgets, resume=True)))
+    assert {row["status"] for row in again if row["budget_bytes"] == 400 * MIB} == {OK}
+    assert all(row in again for row in kept)
 
 
 @pytest.mark.parametrize(

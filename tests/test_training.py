@@ -30,6 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from recur_gpt2 import training
 from recur_gpt2.errors import InputError
+from recur_gpt2.layers import is_new
 from recur_gpt2.losses import IGNORE
 from recur_gpt2.optimization import make_optimizer, set_rates
 from recur_gpt2.segment_loss import SegmentLoss
@@ -325,7 +326,7 @@ def test_a_resumed_run_goes_on_in_the_type_that_it_began_with(tmp_path, monkeypa
     kill(run, step=3, late=False)
     used = []
     resumed = small_run(tiny_model(), tmp_path, precision="auto")
-    monkeypatch.setattr(training, "autocast_dtype", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(training, "autocast_dtype", lambda *args, **_: pytest.fail("measured again"))
     whole_step = resumed._step
 
     def watched_step(*args):
@@ -353,7 +354,7 @@ def test_a_process_killed_while_it_writes_a_checkpoint_is_resumed_exactly(whole,
     process = start_process(tmp_path, "kill")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, errors
-    assert (tmp_path / "checkpoints" / "step-00000004.unfinished").exists(), "killed halfway"
+    assert list((tmp_path / "checkpoints").glob(".step-00000004.*.unfinished")), "killed halfway"
     resumed = dropout_run(tmp_path)
     assert resumed.checkpoints.latest().name == "step-00000002"
     assert_ends_as(whole, resumed, resumed.run(resume=True))
@@ -561,6 +562,35 @@ def test_more_lanes_than_documents_are_refused_before_anything_is_written(tmp_pa
     with pytest.raises(InputError, match="lanes=7 exceeds the 6 training documents"):
         small_run(tiny_model(), tmp_path, lanes=7).run()
     assert not list(tmp_path.rglob("step-*"))
+
+
+# ---- what is new alone -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_steps_that_train_what_is_new_alone_may_read_no_memory(checkpointing, tmp_path):
+    """The first windows of documents do not depend on it: nothing is learned from them, and the run goes on."""
+    before = tiny_model()
+    trainer = small_run(tiny_model(), tmp_path, bptt=1, steps=3, new_first_steps=3, checkpointing=checkpointing)
+    trainer.run()
+    weights, old = weights_of(trainer.model), weights_of(before)
+    changed = {name for name in weights if not torch.equal(weights[name], old[name])}
+    assert changed
+    assert all(map(is_new, changed))
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters()), "all may learn again afterwards"
+
+
+def test_an_interrupted_run_leaves_all_weights_free_to_learn(tmp_path):
+    trainer = small_run(tiny_model(), tmp_path, steps=3, new_first_steps=3)
+    trainer._stop = True
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+def test_training_what_is_new_alone_is_refused_where_nothing_is(tmp_path):
+    with pytest.raises(InputError, match="nothing is new in this model"):
+        small_run(tiny_model(recurrence="none", last_slots=0), tmp_path, new_first_steps=2)
 
 
 # ---- logs ------------------------------------------------------------------------------------------------------------

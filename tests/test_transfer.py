@@ -194,7 +194,7 @@ def test_each_phase_has_a_course_of_rates_of_its_own():
     [
         ({}, {"transfer_steps": 3}, "transfer_steps=3 teaches feature maps, and this model has none that learns"),
         ({"linear_layers": [0], "feature_map": "elu"}, {"transfer_steps": 3}, "with another map than elu"),
-        ({}, {"transfer_steps": -1}, "transfer_steps=-1 must not be negative"),
+        ({}, {"transfer_steps": -1}, "transfer_steps=-1 must be no less than 0"),
         ({}, {"steps": 2, "new_first_steps": 3}, "new_first_steps=3 exceeds steps=2; use 2"),
         ({}, {"transfer_lr": 0.0}, "transfer_lr=0.0 must be positive"),
     ],
