@@ -7,7 +7,6 @@ attention counts for the whole rectangle of queries and keys, whether a kernel s
 from __future__ import annotations
 
 import gc
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -20,6 +19,11 @@ from .allocator import release_memory
 from .configuration import RecurGPT2Config
 from .feature_maps import FEATURE_MAPS
 from .linear_attention import CHUNK
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 STATUS = Path("/proc/self/status")
 CLEAR_PEAK = "5"  # proc(5), clear_refs: reset the peak resident set size

@@ -7,9 +7,13 @@ freed memory stays in the process, and the heap lies on huge pages.
 
 import ctypes
 import os
-import resource
 
 from recur_gpt2_start import is_glibc
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 M_MXFAST, M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = 1, -1, -2, -4  # malloc.h
 MADV_HUGEPAGE = 14  # sys/mman.h

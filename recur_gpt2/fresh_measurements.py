@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -31,6 +30,11 @@ from .accounting import peak_resident, process_bytes, reset_peak
 from .allocator import release_memory, tune_allocator
 from .configuration import RecurGPT2Config
 from .memory import Workload
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # The limit counts what is reserved, used or not: stacks of the threads that a run starts, of eight megabytes each, and
 # oneDNN's code, a fraction of a megabyte for each of up to 1,024 products, how much depends on the processor: 60 MiB on

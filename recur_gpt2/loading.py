@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accelerate import init_empty_weights
+import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -62,7 +62,7 @@ def plain_copy(model: RecurGPT2LMHeadModel) -> RecurGPT2LMHeadModel:
     """
     fields = {key: value for key, value in model.config.to_dict().items() if key not in OWN_FIELDS}
     fields |= {"window": model.config.window, "recurrence": "none"}
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         plain = RecurGPT2LMHeadModel(RecurGPT2Config(**fields))
     weights = {name: tensor for name, tensor in model.state_dict().items() if not is_new(name)}
     plain.load_state_dict(weights, assign=True)

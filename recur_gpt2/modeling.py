@@ -14,7 +14,6 @@ from copy import copy
 from dataclasses import replace
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
@@ -91,7 +90,7 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
             )
         base = load_gpt2(name_or_path)
         options |= {"recurrence": recurrence, "architectures": [cls.__name__]}
-        with init_empty_weights(include_buffers=False):  # the weights are taken over, not copied
+        with torch.device("meta"):  # the weights are taken over, not copied
             model = cls(with_window(base.config, window, **options))
         source = base if hasattr(model, "lm_head") else base.transformer
         missing, unexpected = model.load_state_dict(source.state_dict(), strict=False, assign=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from .accounting import STATUS
 from .device import checked_device
 from .errors import InputError, check_range
 from .files import atomic_write_text, settings_file
@@ -102,6 +103,8 @@ def run_sweep(args: SweepArguments) -> list[dict]:
         InputError: bad input of any kind; nothing that an earlier sweep wrote is lost.
         KeyboardInterrupt: after Ctrl-C, with all rows so far recorded and reported.
     """
+    if not STATUS.exists():
+        raise InputError(f"a sweep measures memory by {STATUS}, which is not here; run it on Linux")
     points = _points(args)
     if points.scored:
         points.models.check_data((METHODS[name], window) for name, window in product(args.methods, args.windows))

@@ -494,6 +494,15 @@ def test_output_that_nobody_reads_any_more_ends_a_command_quietly_with_its_files
         assert (tmp_path / file).exists()
 
 
+def test_commands_run_where_python_has_no_resource_module(documents):
+    """Windows."""
+    script = "import sys; sys.modules['resource'] = None; from recur_gpt2.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["evaluate", "--data", str(documents), "--protocols", "disjoint", "--window", "16"]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "disjoint" in done.stdout
+
+
 def test_the_main_job_explains_its_flags():
     shown = subprocess.run([sys.executable, ROOT / "run_pg19.py", "--help"], capture_output=True, text=True, check=True)
     flags = "--window --model --data --recurrence --bptt --steps --lanes --lr --eval-tokens --seed --device --resume"
