@@ -50,6 +50,18 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return _SummedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), dtype)
 
 
+def loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of cross-entropies where the logits are there already, differentiable in them. -> () float32 or wider
+
+    Softmax and sums are never in 16 bit. Some rows at a time: all of them in float32 would be the logits once more.
+
+    Args:
+        logits: (..., V).
+        targets: (...) int64; -100 where nothing is scored.
+    """
+    return _LossOfLogits.apply(logits.flatten(0, -2), targets.flatten())
+
+
 def accumulate_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor | None:
     """The backward pass of `scale * summed_loss(...)` at once: the head's gradient is added to `weight.grad` in place.
 
@@ -117,6 +129,36 @@ class _SummedLoss(torch.autograd.Function):
             for gradient, given in zip(gradients, inputs, strict=True)
         ]
         return *scaled, None, None
+
+
+class _LossOfLogits(torch.autograd.Function):
+    """d loss / d logits is softmax - onehot: made in the backward pass, from the logits and their log-sums."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        scored, wide = targets != IGNORE, _wide(logits.dtype)
+        sums = logits.new_empty(len(logits), dtype=wide)
+        for rows in _row_chunks(logits):
+            torch.logsumexp(logits[rows].to(wide), dim=1, out=sums[rows])
+        picked = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1).to(wide)
+        ctx.save_for_backward(logits, targets, sums)
+        return ((sums - picked) * scored).sum()
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        logits, targets, sums = ctx.saved_tensors
+        factor = (targets != IGNORE) * grad_total
+        gradient = torch.empty_like(logits)
+        for rows in _row_chunks(logits):
+            wide = (logits[rows].to(sums.dtype) - sums[rows, None]).exp_()
+            wide.scatter_add_(1, targets[rows].clamp_min(0)[:, None], wide.new_full((len(wide), 1), -1.0))
+            gradient[rows] = wide.mul_(factor[rows, None])
+        return gradient, None
+
+
+def _row_chunks(logits):
+    step = cpu_chunk_rows(logits.shape[1])
+    return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
 def _loss_and_gradients(hidden, weight, targets, dtype, wanted, scale=1.0, into=None):

@@ -32,7 +32,7 @@ from .generation import (
 )
 from .initialization import fit_feature_maps, fit_slots, load_gpt2
 from .layers import STATE_DECAY, RecurGPT2Block, is_new
-from .losses import IGNORE, summed_loss
+from .losses import IGNORE, loss_of_logits, summed_loss
 from .near_attention import FarGate
 from .outputs import RecurGPT2Output
 from .padding import Packing
@@ -356,18 +356,24 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
                 f"labels have shape {tuple(labels.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
             )
         out = self.transformer(input_ids, attention_mask, state, output_hidden_states, parallel_windows)
-        loss = None if labels is None else self._loss(out.last_hidden_state, labels, attention_mask)
-        logits = self.lm_head(kept_places(out.last_hidden_state, logits_to_keep))
+        logits, loss = self.lm_head(kept_places(out.last_hidden_state, logits_to_keep)), None
+        if labels is not None:
+            all_logits = None if isinstance(logits_to_keep, Tensor) or logits_to_keep else logits
+            loss = self._loss(out.last_hidden_state, all_logits, labels, attention_mask)
         state = None if use_cache is False else out.state
         return RecurGPT2LMOutput(loss, logits, state, out.hidden_states)
 
-    def _loss(self, hidden, labels, attention_mask):
+    def _loss(self, hidden, logits, labels, attention_mask):
+        """Of all logits, if they are there; of hidden states otherwise."""
         packing = Packing(labels, attention_mask)
         targets = nn.functional.pad(packing.ids[:, 1:], (0, 1), value=IGNORE)
         inside = torch.arange(targets.shape[1]) < packing.lengths[:, None] - 1
-        targets = targets.masked_fill(~inside.to(targets.device), IGNORE)
-        scored = (targets != IGNORE).sum().clamp_min(1)
-        return summed_loss(packing.pack(hidden), self.lm_head.weight, targets) / scored
+        targets = packing.unpacked(targets.masked_fill(~inside.to(targets.device), IGNORE))
+        if logits is not None:
+            total = loss_of_logits(logits, targets)
+        else:  # a few rows' logits were kept: the others are never made
+            total = summed_loss(hidden, self.lm_head.weight, targets)
+        return total / (targets != IGNORE).sum().clamp_min(1)
 
 
 def _make_new_parameters(model, dtype):

@@ -37,6 +37,10 @@ class Packing:
         """(B, N, ...) as given -> the same with every row's tokens in front."""
         return values if self._order is None else values.gather(1, self._index(values))
 
+    def unpacked(self, values: Tensor) -> Tensor:
+        """(B, N) with every row's tokens in front -> as given: what `pack` was given, of its like."""
+        return values if self._order is None else torch.empty_like(values).scatter(1, self._order, values)
+
     def take(self, rows: Tensor, starts: Tensor, count: int) -> Tensor:
         """(R, count) tokens of `rows` (R,) from `starts` (R,) on; token 0 beyond a row's end."""
         places = starts[:, None] + torch.arange(count)

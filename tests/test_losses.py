@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recur_gpt2 import losses
-from recur_gpt2.losses import IGNORE, accumulate_gradients, summed_loss, token_losses
+from recur_gpt2.losses import IGNORE, accumulate_gradients, loss_of_logits, summed_loss, token_losses
 
 WIDTH, VOCABULARY = 8, 31
 CHUNK = 4
@@ -237,3 +237,27 @@ def test_a_second_backward_pass_makes_the_same_gradients_again():
     second = torch.autograd.grad(3 * total, (hidden, weight))
     assert_close(second, first, rtol=0, atol=0)
     assert_close(first, torch.autograd.grad(3 * reference(hidden, weight, targets), (hidden, weight)))
+
+
+# ---- from logits that are there --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, CHUNK, 2 * CHUNK + 3])
+@pytest.mark.usefixtures("small_chunks")
+def test_the_loss_of_logits_and_its_gradients_equal_torchs(rows):
+    hidden, weight, targets = random_inputs(rows)
+    ours = loss_of_logits(hidden @ weight.T, targets)
+    expected = reference(hidden, weight, targets)
+    assert_close(ours, expected)
+    gradients = [torch.autograd.grad(3 * each, (hidden, weight)) for each in (ours, expected)]
+    assert_close(*gradients)
+
+
+def test_the_loss_of_logits_in_16_bit_is_summed_in_float32():
+    hidden, weight, targets = random_inputs(300, scored=1.0)
+    logits = (hidden @ weight.T).to(torch.bfloat16).detach().requires_grad_()
+    loss = loss_of_logits(logits, targets)
+    assert loss.dtype == torch.float32
+    assert_close(loss, cross_entropy(logits.float(), targets, reduction="sum"), rtol=1e-5, atol=0)
+    loss.backward()
+    assert logits.grad.dtype == torch.bfloat16

@@ -1,5 +1,6 @@
 """modeling.py: the manners of transformers (folders, Auto classes, labels), and what a naive reader computes."""
 
+import copy
 from pathlib import Path
 
 import naive
@@ -157,6 +158,24 @@ def test_nothing_scored_is_a_loss_of_zero(make_model):
     ids = random_ids(2, 9)
     assert make_model("default")(ids, labels=torch.full_like(ids, -100)).loss == 0
     assert make_model("default")(ids[:, :1], labels=ids[:, :1]).loss == 0
+
+
+@pytest.mark.parametrize("pads", ["left", "right", "between"])
+def test_the_head_is_computed_once_for_logits_and_loss(pads, make_model):
+    """And a head that does more than multiply, as adapters make it, is in the loss too."""
+    model, ids = copy.deepcopy(make_model("default")), random_ids(2, 2 * WINDOW + 3)
+    mask = torch.ones_like(ids)
+    mask[0, {"left": slice(5), "right": slice(-5, None), "between": slice(4, 9)}[pads]] = 0
+    expected = model(ids, mask, labels=ids, logits_to_keep=1).loss
+    calls = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    out = model(ids, mask, labels=ids)
+    assert len(calls) == 1
+    assert_close(out.loss, expected)
+    model.lm_head.register_forward_hook(lambda module, args, logits: 2 * logits)
+    doubled = model(ids, mask, labels=ids)
+    assert_close(doubled.logits, 2 * out.logits)
+    assert (doubled.loss - out.loss).abs() > 0.1
 
 
 def test_labels_of_another_shape_are_refused(make_model):
