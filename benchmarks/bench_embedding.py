@@ -34,7 +34,7 @@ from transformers import GPT2Model
 from recur_gpt2 import DocumentEmbedder
 from recur_gpt2.accounting import peak_resident
 from recur_gpt2.allocator import tune_allocator
-from recur_gpt2.embedding import BATCH_TOKENS
+from recur_gpt2.defaults import BATCH_TOKENS
 from recur_gpt2.fresh_runs import Record
 from recur_gpt2.loading import load_any, load_tokenizer
 from recur_gpt2.side_by_side import Reader, Tokens

@@ -1,11 +1,20 @@
-"""recur_gpt2: read documents of any length with a pretrained GPT-2, window by window, at constant memory."""
+"""recur_gpt2: read documents of any length with a pretrained GPT-2, window by window, at constant memory.
 
-from .configuration import RecurGPT2Config
-from .conversion import convert_to_t2r
-from .embedding import DocumentEmbedder
+The public names are imported when they are first used (PEP 562): PyTorch and transformers take seconds.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .auto_classes import register_when_needed
 from .errors import InputError
-from .modeling import RecurGPT2LMHeadModel, RecurGPT2Model
-from .state import RecurState
+
+if TYPE_CHECKING:
+    from .configuration import RecurGPT2Config
+    from .conversion import convert_to_t2r
+    from .embedding import DocumentEmbedder
+    from .modeling import RecurGPT2LMHeadModel, RecurGPT2Model
+    from .state import RecurState
 
 __all__ = [
     "DocumentEmbedder",
@@ -17,3 +26,27 @@ __all__ = [
     "convert_to_t2r",
 ]
 __version__ = "0.1.0"
+
+_MODULES = {
+    "DocumentEmbedder": "embedding",
+    "RecurGPT2Config": "configuration",
+    "RecurGPT2LMHeadModel": "modeling",
+    "RecurGPT2Model": "modeling",
+    "RecurState": "state",
+    "convert_to_t2r": "conversion",
+}
+
+
+def __getattr__(name):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(".modeling", __name__)  # first of all: it registers our classes
+    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_MODULES})
+
+
+register_when_needed()

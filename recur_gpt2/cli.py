@@ -17,13 +17,12 @@ from pathlib import Path
 from .allocator import tune_allocator
 from .cli_budget import add_recommend_arguments, add_sweep_arguments, run_recommend, run_sweep_command, settle
 from .cli_generate import add_generate_arguments, run_generate
+from .defaults import BATCH_TOKENS, BUNDLED_MODEL, BUNDLED_RECURRENT, POOLING, POOLINGS
 from .errors import InputError
 
 BROKEN_PIPE = 141  # exit status, as of a program that the system ends for it
 ATTENTION_DEFAULTS = {"feature_map": "t2r", "feature_size": 32, "near_tokens": 0, "carry_linear_state": False}
 T2R_DEFAULTS = {"t2r_layers": ["all"]} | ATTENTION_DEFAULTS
-BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "data" / "gpt2-mini"
-BUNDLED_RECURRENT = BUNDLED_MODEL.parent / "recur-gpt2-mini"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -315,9 +314,6 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def _add_embed_arguments(parser):
-    from .embedding import BATCH_TOKENS, POOLING
-    from .pooling import POOLINGS
-
     add = parser.add_argument
     add("inputs", nargs="+", help="folders, globs, .txt, .jsonl or .parquet files, or Hugging Face datasets")
     add("-o", "--output", type=Path, required=True, help="Parquet file to write; goes on where a run was stopped")

@@ -19,6 +19,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, config, lo
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from transformers import PreTrainedTokenizerBase
 
+from . import defaults
 from .errors import InputError
 from .files import atomic_write_text
 from .text_files import (
@@ -155,12 +156,10 @@ def _fingerprint(tokenizer, *parts):
 
 
 def bundled(name: str) -> Path:
-    """The folder of texts that come with the repository."""
-    folder = Path(__file__).resolve().parents[1] / "data" / name
+    """The folder of texts that come with the project."""
+    folder = defaults.BUNDLED / name
     if not folder.is_dir():
-        raise InputError(
-            f"{name!r} comes with a clone of the repository, not with the package; clone it, or give a path"
-        )
+        raise InputError(f"{name!r} is missing at {folder}; install the project again, whole, or give a path")
     return folder
 
 

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .defaults import BATCH_TOKENS, POOLING
 from .device import checked_device
 from .embedding_stream import EmbeddingStream
 from .errors import InputError, check_range
@@ -26,8 +27,7 @@ from .tokenization import Encoder
 
 # Chosen by measurement (docs/embedding.md): documents by the mean over a layer two thirds of the way up; tokens, and
 # what lies within a document, by the last one, which knows most of what came before.
-POOLING, HEIGHT, INSIDE = "mean", 2 / 3, -1
-BATCH_TOKENS = 2048  # as fast as more on a CPU; a GPU wants more
+HEIGHT, INSIDE = 2 / 3, -1
 CHUNK_BATCHES = 256  # batches' worth of text that encode_iter sorts by length at a time
 CHARACTERS_PER_TOKEN = 4  # about; English
 

@@ -40,6 +40,7 @@ except ImportError:  # Windows
 # oneDNN's code, a fraction of a megabyte for each of up to 1,024 products, how much depends on the processor: 60 MiB on
 # one that used one of them, and more on another.
 RESERVED = 256 * 2**20
+LAYER_PRODUCT = 512, 512, 2048
 OK, OUT_OF_MEMORY, FAILED = "ok", "out of memory", "failed"
 OUT_OF_MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate", "bad_alloc", "MemoryError", "create a primitive")
 
@@ -115,7 +116,12 @@ def limit_memory(budget: int | None) -> int:
 
 
 def _warm_up():
-    """Load what the libraries load when they are first used, with a model of a few kilobytes."""
+    """Load what the libraries load when they are first used, with a model of a few kilobytes.
+
+    And MKL's buffers, which each thread keeps from its first products on: 10 MB on some processors for a product of a
+    layer's size, which the formulas, fitted on others, do not know.
+    """
+    torch.ones(LAYER_PRODUCT[:2]).mm(torch.ones(LAYER_PRODUCT[1:]))
     import_module(".experiment", __package__)  # what only a whole run imports
     from .modeling import RecurGPT2LMHeadModel
     from .optimization import make_optimizer

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .defaults import POOLINGS
 from .errors import InputError
 from .modeling import RecurGPT2Model
 from .recurrence import PooledMemory
 from .side_by_side import Reading
 from .state import RecurState
-
-POOLINGS = ("mean", "last", "memory", "mean+memory")
 
 
 def check_pooling(model: RecurGPT2Model, pooling: str, layer: int) -> None:

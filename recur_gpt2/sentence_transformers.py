@@ -24,7 +24,8 @@ from sentence_transformers.util import import_from_string
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .embedding import BATCH_TOKENS, POOLING, DocumentEmbedder
+from .defaults import BATCH_TOKENS, POOLING
+from .embedding import DocumentEmbedder
 from .errors import InputError
 from .modeling import RecurGPT2LMHeadModel
 from .pooling import dimension, pool

@@ -99,7 +99,7 @@ def test_it_is_a_gpt2_configuration_with_gpt2s_own_fields():
     ("options", "message"),
     [
         ({"window": 129}, "window=129 exceeds the model's 128 positions; use --window 128 or less"),
-        ({"window": 1}, "window=1 must be at least 2; a window holds at least 2 tokens"),
+        ({"window": 1}, "window=1 must be at least 2"),
         ({"recurrence": "lstm"}, "recurrence='lstm' is not known; use one of default, yoshida2020, none"),
         ({"insert_layers": [6]}, r"insert_layers=\[6\] must be distinct layers from 0 to 5"),
         ({"insert_layers": [-1]}, r"insert_layers=\[-1\] must be distinct layers"),

@@ -223,9 +223,9 @@ def test_bundled_data_go_by_name(tokenizer, tmp_path):
     assert next(corpus.documents()).tolist() == tokenizer(text, verbose=False)["input_ids"]
 
 
-def test_without_a_clone_bundled_data_are_refused(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "__file__", str(tmp_path / "recur_gpt2" / "corpora.py"))
-    with pytest.raises(InputError, match="'pg19-sample' comes with a clone of the repository, not with the package"):
+def test_bundled_data_that_are_missing_are_refused(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("recur_gpt2.defaults.BUNDLED", tmp_path)
+    with pytest.raises(InputError, match="'pg19-sample' is missing at"):
         load_corpus("pg19-sample", "train", tokenizer)
 
 
@@ -266,7 +266,7 @@ def test_bad_input_is_refused_when_loading_and_leaves_no_cache(tokenizer, tmp_pa
 
 
 def test_an_unknown_split_is_refused(tokenizer):
-    with pytest.raises(InputError, match="split='valid' is not a split; use train, validation or test"):
+    with pytest.raises(InputError, match="split='valid' is not a split; use train, validation, test or all"):
         load_corpus("pg19-sample", "valid", tokenizer)
 
 

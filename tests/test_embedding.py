@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GPT2Model
 
 from recur_gpt2 import DocumentEmbedder, InputError, RecurGPT2LMHeadModel, accounting
 from recur_gpt2.cli import BUNDLED_MODEL
-from recur_gpt2.pooling import POOLINGS
+from recur_gpt2.defaults import POOLINGS
 
 FORMS = ("default", "gated", "yoshida2020", "pooled above", "near, default", "t2r, default", "carried", "none")
 WORDS = ["It", " rained", " in", " Oldtown", "\n\n", " 1887", ", and", " naïveté", " the", " 🙂", "  ", " Mr.", "ing"]
