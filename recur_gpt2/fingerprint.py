@@ -57,6 +57,8 @@ def _made(model):
     samples, kind = [], torch.float64
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        if not parameter.is_floating_point():  # quantised: its name and shape must do
+            continue
         kind = max(kind, parameter.dtype, key=lambda each: torch.finfo(each).eps)
         flat = parameter.detach().flatten()
         places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).long()

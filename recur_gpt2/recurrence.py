@@ -131,7 +131,8 @@ def widen(tensor: Tensor) -> Tensor:
 def product_type(weight: Tensor) -> torch.dtype:
     """What products with this weight come out in, and keys and values are kept in: autocast's type, if there is one."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else weight.dtype
 
 
 def gated_scan(fresh: Tensor, gate: Tensor, first: Tensor | None, has_memory: Tensor) -> Tensor:

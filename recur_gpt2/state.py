@@ -30,7 +30,8 @@ class Origin(NamedTuple):
 
     Attributes:
         model: a weak reference.
-        fingerprint: None while the model is being trained: each step would make another one.
+        fingerprint: None while the model is being trained, since each step would make another one, or compiled, since
+            that is no part of a graph; and of a model without weights.
     """
 
     model: ref
@@ -38,7 +39,8 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, model: RecurGPT2Model) -> Origin:
-        return cls(ref(model), None if model.training else model_fingerprint(model))
+        unknown = model.training or torch.compiler.is_compiling() or model.device.type == "meta"
+        return cls(ref(model), None if unknown else model_fingerprint(model))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from conftest import ALL_FORMS, WINDOW, assert_same_state, random_ids
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from recur_gpt2 import InputError, RecurState
+from recur_gpt2 import InputError, RecurGPT2LMHeadModel, RecurState
 from recur_gpt2.generation import RecurCache
 
 
@@ -303,6 +303,16 @@ def test_a_live_state_of_another_model_is_refused_also_when_that_one_is_gone(mak
         model(ids, state=state)
     twin = copy.deepcopy(model)
     assert torch.equal(model(ids, state=twin(ids).state).logits, model(ids, state=model(ids).state).logits)
+
+
+def test_states_of_quantised_models_and_of_models_without_weights_go_on(make_model):
+    model, ids = copy.deepcopy(make_model("default")), random_ids(1, WINDOW + 3)
+    model.transformer.extra = torch.nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    model(ids, state=model(ids).state)
+    assert model(ids).state.fingerprint()
+    with torch.device("meta"):
+        empty = RecurGPT2LMHeadModel(model.config).eval()
+    empty(ids.to("meta"), state=empty(ids.to("meta")).state)
 
 
 def test_a_state_goes_on_while_its_model_is_being_trained(make_model):
