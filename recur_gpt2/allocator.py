@@ -47,7 +47,7 @@ def release_memory() -> None:
 
 def _is_limited():
     """Whether the system limits this process's data (ulimit -d)."""
-    return resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+    return resource is not None and resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
 
 
 def _put_heap_on_huge_pages(libc):

@@ -496,7 +496,9 @@ def test_output_that_nobody_reads_any_more_ends_a_command_quietly_with_its_files
 
 def test_commands_run_where_python_has_no_resource_module(documents):
     """Windows."""
-    script = "import sys; sys.modules['resource'] = None; from recur_gpt2.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = "import sys, datasets, accelerate; from transformers import GenerationMixin, GPT2LMHeadModel; "
+    script += "sys.modules['resource'] = None; "  # which these import where they find it
+    script += "from recur_gpt2.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["evaluate", "--data", str(documents), "--protocols", "disjoint", "--window", "16"]
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
