@@ -22,7 +22,7 @@ STAYING = ("torch", "triton", "nvidia-", "cuda-")
 def main(which):
     wanted = lowest() if which == "lowest" else newest()
     for name, number in sorted(wanted.items()):
-        if not name.startswith(STAYING) and installed(name) not in (None, number):
+        if not name.startswith(STAYING) and installed(name) != number:
             print(f"{name}=={number}")
 
 
@@ -46,6 +46,7 @@ def newest():
 
 
 def installed(name):
+    """Its version here; None where it is not."""
     try:
         return version(name)
     except PackageNotFoundError:
