@@ -81,7 +81,7 @@ def test_a_saved_configuration_outlives_a_change_of_its_preset(preset, tmp_path,
     config = make(recurrence=preset)
     config.save_pretrained(tmp_path)
     other = {"sink_slots": 5, "last_slots": 6, "pooled_slots": 7}
-    monkeypatch.setattr(configuration, "PRESETS", {preset: other})
+    monkeypatch.setattr(configuration, "PRESETS", configuration.PRESETS | {preset: other})
     assert recurrence(RecurGPT2Config.from_pretrained(tmp_path)) == recurrence(config)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.modules import Normalize
 
 from recur_gpt2 import DocumentEmbedder, InputError
 from recur_gpt2.sentence_transformers import RecurGPT2Embedding, load
