@@ -7,11 +7,11 @@ python run_pg19.py --window 256 --model gpt2 --data pg19 --steps 20000 --eval-to
 import argparse
 import sys
 
-from recur_gpt2_start import restart_tuned
+from recur_gpt2.utils.thread_cache import restart_tuned
 
 if __name__ == "__main__":
     restart_tuned()
-    from recur_gpt2.cli import add_experiment_arguments, guarded, run_finetune
+    from recur_gpt2.cli.main import add_experiment_arguments, guarded, run_finetune
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_experiment_arguments(parser, data="pg19-sample")

@@ -1,4 +1,4 @@
-"""Kernels for attention with memory on the CPU: what attention.py chooses between.
+"""Kernels for attention with memory on the CPU: what softmax.py chooses between.
 
     python benchmarks/bench_attention.py
     python benchmarks/bench_attention.py --precision float32 --windows 256 1024
@@ -17,29 +17,29 @@ import torch
 from common import print_table
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from recur_gpt2 import attention
-from recur_gpt2.allocator import tune_allocator
+from recur_gpt2.ops import softmax
+from recur_gpt2.utils.allocator import tune_allocator
 
 TOKENS, HEADS, WIDTH = 2048, 4, 64
 
 
 def kernels(memory, slots, length, gradient):
     """{name: function of query, key, value}"""
-    future = attention._future(length, slots, memory[0].dtype)
+    future = softmax._future(length, slots, memory[0].dtype)
 
     def products(query, key, value, bias):
-        return attention._some_products(query, key, value, bias, unread=None, scale=WIDTH**-0.5, dropout=0.0)
+        return softmax._some_products(query, key, value, bias, unread=None, scale=WIDTH**-0.5, dropout=0.0)
 
     def with_memory(kernel, mask, step):
-        return lambda q, k, v: attention._in_steps(kernel, q, *attention._prepend(memory, k, v), mask, step)
+        return lambda q, k, v: softmax._in_steps(kernel, q, *softmax._prepend(memory, k, v), mask, step)
 
-    step = attention.QUERIES if gradient else attention.QUERIES_WITHOUT_GRADIENT
+    step = softmax.QUERIES if gradient else softmax.QUERIES_WITHOUT_GRADIENT
     return {
         "no memory, sdpa": lambda q, k, v: sdpa(q, k, v, is_causal=True),
         "sdpa, mask": with_memory(sdpa, future, length),
         "sdpa, in steps": with_memory(sdpa, future, step),
         "products": with_memory(products, future, length),
-        "products, in steps": with_memory(products, future, attention.queries_in_products(length)),
+        "products, in steps": with_memory(products, future, softmax.queries_in_products(length)),
     }
 
 

@@ -17,11 +17,12 @@ from common import ROOT, machine, print_table
 from transformers import AutoTokenizer
 
 from recur_gpt2 import RecurGPT2LMHeadModel
-from recur_gpt2.allocator import tune_allocator
-from recur_gpt2.corpora import load_corpus
-from recur_gpt2.evaluation import evaluate
-from recur_gpt2.feature_maps import FEATURE_MAPS
-from recur_gpt2.initialization import SAMPLES, fit_feature_maps
+from recur_gpt2.data.corpora import load_corpus
+from recur_gpt2.evaluation.evaluate import evaluate
+from recur_gpt2.models.calibration import SAMPLES
+from recur_gpt2.models.feature_map_fitting import fit_feature_maps
+from recur_gpt2.ops.feature_maps import FEATURE_MAPS
+from recur_gpt2.utils.allocator import tune_allocator
 
 MODEL = ROOT / "data" / "gpt2-mini"
 NEAR = 64

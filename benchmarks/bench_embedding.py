@@ -32,12 +32,13 @@ from embedding_tasks import interval, read_books, run_tasks
 from transformers import GPT2Model
 
 from recur_gpt2 import DocumentEmbedder
-from recur_gpt2.accounting import peak_resident
-from recur_gpt2.allocator import tune_allocator
-from recur_gpt2.defaults import BATCH_TOKENS
-from recur_gpt2.fresh_runs import Record
-from recur_gpt2.loading import load_any, load_tokenizer
-from recur_gpt2.side_by_side import Reader, Tokens
+from recur_gpt2.budget.runs import Record
+from recur_gpt2.data.bundle import BATCH_TOKENS
+from recur_gpt2.embedding.batching import Reader, Tokens
+from recur_gpt2.models.hub import load_tokenizer
+from recur_gpt2.models.loading import load_any
+from recur_gpt2.utils.allocator import tune_allocator
+from recur_gpt2.utils.measure import peak_resident
 
 SCORES = ("retrieval: at 1", "retrieval: MRR", "retrieval, centred: at 1", "retrieval, centred: MRR")
 SCORES += ("boundary", "chapters")

@@ -39,8 +39,8 @@ from common import (
 )
 from transformers import DynamicCache
 
-from recur_gpt2.accounting import Meter, peak_resident
-from recur_gpt2.generation import CACHE
+from recur_gpt2.models.generation import CACHE
+from recur_gpt2.utils.measure import Meter, peak_resident
 
 PROMPT = 16  # tokens
 MIB = 2**-20
@@ -178,7 +178,7 @@ def measure(settings: Namespace) -> dict:
 
 def _ours(settings):
     if settings.part == "text" and settings.ours:
-        from recur_gpt2.loading import load_any
+        from recur_gpt2.models.loading import load_any
 
         return load_any(settings.ours)
     return build_ours(settings, "default")

@@ -27,11 +27,11 @@ from common import machine, print_table, spread
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from recur_gpt2.allocator import tune_allocator
-from recur_gpt2.attention import window_attention
-from recur_gpt2.feature_maps import make_feature_map
-from recur_gpt2.linear_attention import CHUNK, absorb, chunked, naive, step
-from recur_gpt2.near_attention import FarGate, near_attention
+from recur_gpt2.ops.feature_maps import make_feature_map
+from recur_gpt2.ops.hybrid import FarGate, near_attention
+from recur_gpt2.ops.linear import CHUNK, absorb, chunked, naive, step
+from recur_gpt2.ops.softmax import window_attention
+from recur_gpt2.utils.allocator import tune_allocator
 
 HEADS, WIDTH = 4, 64
 NAIVE_LIMIT = 1024

@@ -38,9 +38,10 @@ from common import (
 )
 from torch.nn.functional import cross_entropy
 
-from recur_gpt2.accounting import Meter, flops_per_token, weight_bytes
-from recur_gpt2.configuration import RecurGPT2Config
-from recur_gpt2.losses import token_losses
+from recur_gpt2.models.configuration import RecurGPT2Config
+from recur_gpt2.models.flops import flops_per_token
+from recur_gpt2.ops.cross_entropy import token_losses
+from recur_gpt2.utils.measure import Meter, weight_bytes
 
 VARIANTS = [PEER, "disjoint", "default", "yoshida2020"]
 PEAK = "peak"  # the hidden variant that measures the chip

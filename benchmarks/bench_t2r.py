@@ -27,9 +27,9 @@ from common import ROOT, machine, print_table
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from recur_gpt2 import RecurGPT2Config, RecurGPT2LMHeadModel
-from recur_gpt2.allocator import tune_allocator
-from recur_gpt2.evaluation import resample
-from recur_gpt2.fresh_runs import Record, finetuned
+from recur_gpt2.budget.runs import Record, finetuned
+from recur_gpt2.evaluation.evaluate import resample
+from recur_gpt2.utils.allocator import tune_allocator
 
 MODEL = ROOT / "data" / "gpt2-mini"
 # The best of the few tried for each kind of attention on the validation books at window 256; docs/notes.md has them.

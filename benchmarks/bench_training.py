@@ -34,7 +34,7 @@ from common import (
     synchronize,
 )
 
-from recur_gpt2.accounting import Meter, weight_bytes
+from recur_gpt2.utils.measure import Meter, weight_bytes
 
 PEER_CHECKPOINTING = f"{PEER}_checkpointing"
 VARIANTS = {  # name -> recurrence, and what differs from TrainingArguments' defaults
@@ -110,8 +110,8 @@ def _sweep(args):
 
 def measure(settings: Namespace) -> dict:
     """One variant: speed of its median step, and peak memory."""
-    from recur_gpt2.optimization import make_optimizer
-    from recur_gpt2.training import TrainingArguments
+    from recur_gpt2.training.arguments import TrainingArguments
+    from recur_gpt2.training.optimizer import make_optimizer
 
     device, before = torch.device(settings.device), resident()
     recurrence, changed = VARIANTS[settings.variant]
@@ -171,8 +171,8 @@ def _transformers_loss(model, arguments, settings):
 
 
 def _our_loss(model, arguments, settings):
-    from recur_gpt2.segment_loss import SegmentLoss
-    from recur_gpt2.windows import Segment
+    from recur_gpt2.data.batches import Segment
+    from recur_gpt2.training.loss import SegmentLoss
 
     model.transformer.read = compiled(model.transformer.read, settings)
     segment_loss, state = SegmentLoss(model, arguments), None

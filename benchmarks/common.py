@@ -21,9 +21,9 @@ import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from recur_gpt2 import RecurGPT2Config, RecurGPT2LMHeadModel
-from recur_gpt2.accounting import Meter, peak_resident
-from recur_gpt2.allocator import tune_allocator
-from recur_gpt2_start import tuned_environment
+from recur_gpt2.utils.allocator import tune_allocator
+from recur_gpt2.utils.measure import Meter, peak_resident
+from recur_gpt2.utils.thread_cache import tuned_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 CHILD = "_measure"  # hidden subcommand: measure one variant, print one JSON object

@@ -9,11 +9,11 @@ import torch
 from common import ROOT
 from embedding_tasks import FIRST, Embed, Text, beginnings_alone
 
-from recur_gpt2.defaults import POOLINGS
-from recur_gpt2.embedding import checked_layer
-from recur_gpt2.loading import load_any, plain_copy
-from recur_gpt2.pooling import pool
-from recur_gpt2.side_by_side import Reader, Tokens
+from recur_gpt2.data.bundle import POOLINGS
+from recur_gpt2.embedding.batching import Reader, Tokens
+from recur_gpt2.embedding.embedder import checked_layer
+from recur_gpt2.embedding.pooling import pool
+from recur_gpt2.models.loading import load_any, plain_copy
 
 GPT2, OURS = str(ROOT / "data" / "gpt2-mini"), str(ROOT / "data" / "recur-gpt2-mini")
 GROUP = 4  # texts read side by side

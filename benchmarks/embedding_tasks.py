@@ -13,8 +13,8 @@ from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from recur_gpt2.evaluation import resample
-from recur_gpt2.tokenization import Encoder
+from recur_gpt2.data.tokenization import Encoder
+from recur_gpt2.evaluation.evaluate import resample
 
 PASSAGES, PASSAGE_TOKENS = 12, 2000  # of each book
 STRETCH_WINDOWS = 80  # of each book, whose beginnings are to tell the book

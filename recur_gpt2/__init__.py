@@ -6,15 +6,15 @@ The public names are imported when they are first used (PEP 562): PyTorch and tr
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .auto_classes import register_when_needed
 from .errors import InputError
+from .models.auto_classes import register_when_needed
 
 if TYPE_CHECKING:
-    from .configuration import RecurGPT2Config
-    from .conversion import convert_to_t2r
-    from .embedding import DocumentEmbedder
-    from .modeling import RecurGPT2LMHeadModel, RecurGPT2Model
-    from .state import RecurState
+    from .embedding.embedder import DocumentEmbedder
+    from .models.configuration import RecurGPT2Config
+    from .models.conversion import convert_to_t2r
+    from .models.modeling import RecurGPT2LMHeadModel, RecurGPT2Model
+    from .models.state import RecurState
 
 __all__ = [
     "DocumentEmbedder",
@@ -28,19 +28,19 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {
-    "DocumentEmbedder": "embedding",
-    "RecurGPT2Config": "configuration",
-    "RecurGPT2LMHeadModel": "modeling",
-    "RecurGPT2Model": "modeling",
-    "RecurState": "state",
-    "convert_to_t2r": "conversion",
+    "DocumentEmbedder": "embedding.embedder",
+    "RecurGPT2Config": "models.configuration",
+    "RecurGPT2LMHeadModel": "models.modeling",
+    "RecurGPT2Model": "models.modeling",
+    "RecurState": "models.state",
+    "convert_to_t2r": "models.conversion",
 }
 
 
 def __getattr__(name):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(".modeling", __name__)  # first of all: it registers our classes
+    import_module(".models.modeling", __name__)  # first of all: it registers our classes
     value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     return value
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from recur_gpt2.evaluation import share_covered_interval
-from recur_gpt2.fresh_runs import Record, finetuned
+from recur_gpt2.budget.runs import Record, finetuned
+from recur_gpt2.evaluation.evaluate import share_covered_interval
 
 # Flags of `recur-gpt2 finetune` beside the window. `default` is what the preset gives.
 CONFIGURATIONS = {

@@ -191,7 +191,7 @@ def finetuning(name, flags, folder):
     common = ["--data", str(text), "--window", "64", "--lanes", "2", "--bptt", "2", "--save-every", "2"]
     common += ["--eval-tokens", "3000", "--output-dir", str(output)]
     common += [] if "--precision" in flags else ["--precision", "float32"]
-    command("finetune", *common, *flags, "--steps", "6")
+    command(folder, "finetune", *common, *flags, "--steps", "6")
     results = {}
     for part in ("recurrent", "disjoint"):
         for key, tensor in load_file(output / part / "model" / "model.safetensors").items():
@@ -202,9 +202,10 @@ def finetuning(name, flags, folder):
     return results
 
 
-def command(*words):
-    run = [sys.executable, "-c", "import sys; from recur_gpt2.cli import main; sys.exit(main())", *words]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
+def command(folder, *words):
+    """Run a command in a folder where no other recur_gpt2 lies."""
+    run = [sys.executable, "-m", "recur_gpt2.cli", *words]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
 

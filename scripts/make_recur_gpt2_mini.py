@@ -17,10 +17,10 @@ import torch
 from transformers import AutoTokenizer
 
 from recur_gpt2 import RecurGPT2LMHeadModel
-from recur_gpt2.allocator import tune_allocator
-from recur_gpt2.files import atomic_write_text
-from recur_gpt2.fresh_runs import finetuned
-from recur_gpt2.scoring import evaluate_model
+from recur_gpt2.budget.runs import finetuned
+from recur_gpt2.evaluation.scoring import evaluate_model
+from recur_gpt2.utils.allocator import tune_allocator
+from recur_gpt2.utils.files import atomic_write_text
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 FLAGS = "--window 256 --steps 1600 --lr 1e-4 --eval-split validation --eval-tokens 8192 --rows recurrent --no-control"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recur_gpt2.corpora import wikitext_articles
+from recur_gpt2.data.corpora import wikitext_articles
 
 TRAIN_BYTES = 14_000_000
 TRAIN_BOOK_BYTES = (200_000, 1_200_000)

@@ -32,8 +32,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from recur_gpt2.allocator import tune_allocator
-from recur_gpt2.losses import summed_loss
+from recur_gpt2.ops.cross_entropy import summed_loss
+from recur_gpt2.utils.allocator import tune_allocator
 
 END = "<|endoftext|>"
 POSITIONS = 1024
@@ -401,7 +401,7 @@ def write_card(args, model, log, train_tokens, losses):
         f"{config.n_head} heads, {config.n_positions:,} positions, {config.vocab_size:,} byte-level BPE entries),",
         f"pretrained on the {train_tokens / 1e6:.1f}M tokens of the books in training_books.csv. It exists so that",
         "recur_gpt2 runs without a model hub; it is no model to write with. No book of the bundled samples is among",
-        "its training books (`scripts/overlap.py`, `tests/test_data.py`).",
+        "its training books (`scripts/overlap.py`, `tests/data/test_bundled.py`).",
         "",
         "Made by `scripts/pretrain_base.py`: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
         f"{last['tokens'] / 1e6:.1f}M tokens in {last['seconds'] / 60:.0f} minutes on {args.device}.",

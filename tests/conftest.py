@@ -1,7 +1,8 @@
-"""Tiny models that the tests share, with no parameter at zero or one by accident."""
+"""What the tests share: paths, and tiny models with no parameter at zero or one by accident."""
 
 import os
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each take all cores are 
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "data"
 WINDOW = 8
 GPT2_OPTIONS = {
     "n_layer": 4,
@@ -122,8 +125,10 @@ def make_model(gpt2_folder):
     def make(form="default", dtype=torch.float64, **options):
         torch.manual_seed(0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("recur_gpt2.initialization.FIT_STEPS", 50)  # how well a map fits matters little here
-            patch.setattr("recur_gpt2.initialization.DISTIL_STEPS", 2)
+            patch.setattr(
+                "recur_gpt2.models.feature_map_fitting.FIT_STEPS", 50
+            )  # how well a map fits matters little here
+            patch.setattr("recur_gpt2.models.feature_map_fitting.DISTIL_STEPS", 2)
             model = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, **{"window": WINDOW} | ALL_FORMS[form] | options)
         perturb(model.transformer.recurrence)
         for block in model.transformer.h:

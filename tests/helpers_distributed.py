@@ -26,9 +26,10 @@ from helpers_training import (
 )
 from safetensors.torch import save_file
 
-from recur_gpt2 import checkpoints, training
 from recur_gpt2.errors import InputError
-from recur_gpt2.processes import leave
+from recur_gpt2.training import checkpoints
+from recur_gpt2.training import trainer as trainer_module
+from recur_gpt2.training.distributed import leave
 
 INDEX = int(os.environ.get("RANK", "0"))
 WEIGHED = {"steps": 5, "lanes": 2, "lr": 1e-2, "recurrence_lr": 3e-2, "clip": 0.5, "warmup": 0.4, "weight_decay": 0.1}
@@ -141,14 +142,14 @@ def full_disk(folder):
 
 def measured_differently(folder):
     """Which type is faster, each process may find differently."""
-    asked = training.autocast_dtype
-    training.autocast_dtype = lambda *_, **__: torch.bfloat16 if INDEX == 0 else None
+    asked = trainer_module.autocast_dtype
+    trainer_module.autocast_dtype = lambda *_, **__: torch.bfloat16 if INDEX == 0 else None
     used = []
     trainer = small_run(tiny_model(), folder, steps=1, precision="auto")
     whole_step = trainer._step
     trainer._step = lambda *args: (used.append(str(args[-1])), whole_step(*args))[1]
     trainer.run()
-    training.autocast_dtype = asked
+    trainer_module.autocast_dtype = asked
     return trainer.model, used
 
 

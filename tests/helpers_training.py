@@ -16,10 +16,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recur_gpt2 import RecurGPT2Config, RecurGPT2LMHeadModel
-from recur_gpt2.corpora import Corpus
-from recur_gpt2.losses import IGNORE
-from recur_gpt2.training import Trainer, TrainingArguments
-from recur_gpt2.windows import TrainingLanes
+from recur_gpt2.data.batches import TrainingLanes
+from recur_gpt2.data.corpora import Corpus
+from recur_gpt2.training.arguments import TrainingArguments
+from recur_gpt2.training.trainer import Trainer
+from recur_gpt2.utils.tensors import IGNORE_INDEX
 
 WINDOW, VOCABULARY = 8, 97
 SHAPE = {
@@ -153,7 +154,7 @@ def plain_run(model, corpus, args, *, processes=1):
                     targets = segment.targets[:, window].flatten()
                     total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
                 states[index] = state
-                scored += int((segment.targets != IGNORE).sum())
+                scored += int((segment.targets != IGNORE_INDEX).sum())
             (total / scored / args.accumulate).backward()
             nats, count = nats + total.item(), count + scored
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -172,7 +173,7 @@ def dropout_run(folder):
 
 def die_in_checkpoint(*, step, file):
     """Write half of a checkpoint's file, then be killed."""
-    from recur_gpt2 import checkpoints
+    from recur_gpt2.training import checkpoints
 
     save_file = checkpoints.save_file
 

@@ -1,0 +1,1 @@
+"""`recur-gpt2 sweep`: points, models, report and plots."""

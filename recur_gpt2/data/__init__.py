@@ -1,0 +1,1 @@
+"""Documents: corpora, text files, tokenising, batches of windows. Knows no model."""

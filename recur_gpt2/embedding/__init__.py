@@ -1,0 +1,1 @@
+"""Document embeddings: pooling, streams, files, search."""

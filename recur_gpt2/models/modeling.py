@@ -1,0 +1,299 @@
+"""RecurGPT2Model and RecurGPT2LMHeadModel: a GPT-2 that reads documents of any length in windows.
+
+Notable here:
+- one function, `RecurGPT2Model.read`, takes (tokens, state) to (hidden states, next state); all else walks through it;
+- windows are computed in blocks of `parallel_windows`, layer by layer, wherever memory does not make them wait;
+- padding is squeezed out first, so that rows of any lengths and places in their windows share a batch.
+
+B rows, N tokens, W windows, T tokens a window, D model width, M memory slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers.utils import ModelOutput
+
+from ..errors import InputError
+from ..ops.cross_entropy import loss_of_logits, summed_loss
+from ..ops.matmul import Head
+from ..utils.tensors import IGNORE_INDEX, product_type
+from .block import RecurGPT2Block
+from .configuration import RecurGPT2Config
+from .generation import (
+    CACHE,
+    PARALLEL_WINDOWS,
+    RecurCache,
+    RecurGeneration,
+    RecurGPT2LMOutput,
+    given_cache,
+    kept_places,
+)
+from .memory import make_recurrence
+from .packing import Packing
+from .pretrained import RecurGPT2PreTrainedModel
+from .schedule import LayerWalk, PooledWalk, RunLayer, Teach
+from .state import Origin, RecurState
+from .windows import FreshWindows, ResumedWindows
+
+
+@dataclass
+class RecurGPT2Output(ModelOutput):
+    """Output of RecurGPT2Model.
+
+    Attributes:
+        last_hidden_state: (B, N, D), zero at padding.
+        state: to go on from.
+        hidden_states: with `output_hidden_states`, L + 1 tensors (B, N, D): the embeddings, then each layer's output,
+            the last one after the final layer norm.
+    """
+
+    last_hidden_state: Tensor | None = None
+    state: RecurState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class RecurGPT2Model(RecurGPT2PreTrainedModel):
+    """The transformer without a head."""
+
+    def __init__(self, config: RecurGPT2Config):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([RecurGPT2Block(config, layer_idx=layer) for layer in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.recurrence = make_recurrence(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def set_input_embeddings(self, value):
+        self.wte = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        state: RecurState | None = None,
+        output_hidden_states: bool = False,
+        parallel_windows: int = 1,
+        layer: int | None = None,
+    ) -> RecurGPT2Output:
+        """Read any number of tokens.
+
+        Args:
+            input_ids: (B, N) int64.
+            attention_mask: (B, N), 0 for padding, which may stand anywhere and changes nothing.
+            state: where the rows' documents go on from; None for their start.
+            output_hidden_states: return every layer's hidden states too.
+            parallel_windows: P, windows of a row to compute at once. More is faster and takes more memory; the
+                results are the same.
+            layer: l, to return the output of the first l layers, as transformers' hidden_states[l]; what lies above
+                and moves nothing below is not computed. A state goes on only with the `layer` that left it.
+
+        Raises:
+            InputError: the state is of another batch size or `layer`, or there are no tokens.
+        """
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise InputError(f"input_ids of shape {tuple(input_ids.shape)} hold no tokens; give (batch, tokens)")
+        packing = Packing(input_ids, attention_mask)
+        if not bool(packing.lengths.any()):
+            raise InputError("attention_mask is 0 everywhere; give at least one token")
+        depth = self._checked_depth(layer)
+        state = self._checked_state(state, len(input_ids), depth)
+        pieces = []
+        done = torch.zeros(len(input_ids), dtype=torch.int64)
+        while bool((done < packing.lengths).any()):
+            rows, stretch, ids, tokens = self._next_stretch(packing, state, done, parallel_windows)
+            hidden, read = self._run(ids, stretch, every_layer=output_hidden_states, depth=depth)
+            state = read if len(rows) == len(done) else state.merge(rows, read)
+            pieces.append((rows, done[rows], tokens, [h.flatten(1, 2) for h in hidden]))
+            done = done.index_add(0, rows, tokens)
+        layers = packing.unpack(pieces)
+        state = replace(state, origin=Origin.of(self))
+        return RecurGPT2Output(layers[-1], state, tuple(layers) if output_hidden_states else None)
+
+    def read(
+        self,
+        input_ids: Tensor,
+        starts: Tensor,
+        state: RecurState | None = None,
+        run_layer: RunLayer | None = None,
+    ) -> tuple[Tensor, RecurState]:
+        """Read W whole windows of each row at once: what training iterates over.
+
+        Args:
+            input_ids: (B, W, T) int64, T = config.window. A window whose document ends in it is padded at its end.
+            starts: (B, W) bool on the CPU, whether a document starts at the window. The window after a padded one
+                must start a document.
+            state: before the first window.
+            run_layer: calls each layer, `run_layer(layer, *tensors)`, in place of us, and may do so again later: what
+                recomputation hooks into.
+
+        Returns:
+            Hidden states (B, W, T, D) after the final layer norm, and the state after the last window.
+        """
+        return self._read(input_ids, starts, state, run_layer=run_layer)
+
+    def _read(self, input_ids, starts, state, **options):
+        rows, windows, length = input_ids.shape
+        state = self._checked_state(state, rows, self.config.n_layer)
+        has_memory = torch.ones(rows, windows, dtype=torch.bool)
+        has_memory[:, 0] = state.windows > 0
+        tokens = torch.full((rows,), windows * length)
+        stretch = FreshWindows(state, has_memory & ~starts, tokens, self.config.window)
+        hidden, state = self._run(input_ids, stretch, **options)
+        return hidden[-1], state
+
+    def read_softly(self, input_ids: Tensor, starts: Tensor) -> Tensor:
+        """`read`, from no state, with softmax attention in all layers, as before conversion -> hidden states."""
+        return self._read(input_ids, starts, None, teach=lambda *_: None)[0]
+
+    def teach(self, input_ids: Tensor, starts: Tensor, state: RecurState | None, teach: Teach) -> RecurState:
+        """`read` with softmax attention in all layers, as before conversion -> the state after the last window.
+
+        Args:
+            teach: called in every layer whose own attention is linear, with the block, its queries and keys
+                (B, W, H, T, d), keys of its memory (B, W, H, M, d) or None, and which windows have memory.
+        """
+        return self._read(input_ids, starts, state, teach=teach)[1]
+
+    def _checked_depth(self, layer):
+        layers = self.config.n_layer
+        if layer is None or 0 <= layer <= layers:
+            return layers if layer is None else layer
+        raise InputError(f"layer={layer} does not exist; give 0, the embeddings, to {layers}, the last layer")
+
+    def _checked_state(self, state, rows, depth):
+        if state is None:
+            return RecurState.empty(rows)
+        if state.batch_size != rows:
+            raise InputError(f"the state holds {state.batch_size} rows and input_ids {rows}; give one row for each")
+        state.checked_for(self)
+        layers = set(map(str, range(depth)))
+        needed = {*(layers & set(self.recurrence) if state.memory else ()), *(layers if state.window else ())}
+        if needed - {key.split(".")[-1] for key in state.memory | state.window}:
+            raise InputError(f"the state was left by fewer layers than the {depth} to read; give the same `layer`")
+        return state.to(self.wte.weight.device, product_type(self.wte.weight))
+
+    def _next_stretch(self, packing, state, done, parallel_windows):
+        """What to read next: first fill windows that are not full, then whole windows, then tails."""
+        window = self.config.window
+        left = packing.lengths - done
+        resumed = (left > 0) & (state.filled > 0)
+        rows = (resumed if bool(resumed.any()) else left > 0).nonzero().squeeze(1)
+        left, picked = left[rows], state if len(rows) == len(done) else state.select(rows)
+        if bool(resumed.any()):
+            tokens = torch.minimum(left, window - picked.filled)
+            has_memory = (picked.windows > 0)[:, None]
+            stretch = ResumedWindows(picked, has_memory, tokens, window)
+            return rows, stretch, packing.take(rows, done[rows], int(tokens.max()))[:, None], tokens
+        windows = int(left.max()) // window
+        windows = max(1, min(windows, parallel_windows))
+        tokens = left.clamp_max(windows * window)
+        has_memory = torch.ones(len(rows), windows, dtype=torch.bool)
+        has_memory[:, 0] = picked.windows > 0
+        ids = packing.take(rows, done[rows], int(tokens.max()) if windows == 1 else windows * window)
+        return rows, FreshWindows(picked, has_memory, tokens, window), ids.view(len(rows), windows, -1), tokens
+
+    def _run(self, input_ids, stretch, *, every_layer=False, depth=None, **options):
+        """(B, W, T) tokens -> list of hidden states (B, W, T, D) of the first `depth` layers, or the last; state."""
+        depth = self.config.n_layer if depth is None else depth
+        positions = stretch.positions(input_ids.shape[2], self.config.position_offset).to(input_ids.device)
+        embedded = self.drop(self.wte(input_ids) + self.wpe(positions))
+        form = PooledWalk if self.config.pool_layers else LayerWalk
+        walk = form(self, stretch, depth=depth, every_layer=every_layer, **options)
+        hidden = walk.run(embedded)
+        hidden = [embedded, *hidden] if every_layer or not hidden else hidden[-1:]
+        del embedded
+        if depth == self.config.n_layer:
+            hidden[-1] = self.ln_f(hidden[-1])
+        return hidden, stretch.next_state(walk.memory, walk.window)
+
+
+class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, GenerationMixin):  # named: transformers looks
+    """The transformer with GPT-2's language-modeling head (tied to the embeddings unless the configuration says no)."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 (transformers reads it so)
+
+    def __init__(self, config: RecurGPT2Config):
+        super().__init__(config)
+        self.transformer = RecurGPT2Model(config)
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        state: RecurState | None = None,
+        output_hidden_states: bool = False,
+        parallel_windows: int = 1,
+        past_key_values: RecurCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool = True,
+        cache: RecurCache | None = None,
+    ) -> RecurGPT2LMOutput:
+        """Read any number of tokens and predict each one's successor.
+
+        Args:
+            labels: (B, N) int64, as `input_ids`: they are shifted inside, so that the first one is predicted by no
+                position. -100 is not scored, nor is padding.
+            cache: what `generate` carries, in place of a state; it is changed, and returned.
+            past_key_values: the same, under its name before transformers 5.24.
+            use_cache: True: return a cache in place of a state; False: neither.
+            logits_to_keep: predict at the last so many places alone, or at these; 0 for all.
+            return_dict: what transformers calls with; there is no other form.
+            The other arguments are those of RecurGPT2Model.
+
+        Raises:
+            InputError: as RecurGPT2Model, or labels of another shape, or with a cache.
+        """
+        cache = given_cache(cache, past_key_values)
+        if cache is not None or use_cache:
+            if labels is not None or (cache is not None and state is not None):
+                raise InputError(f"{CACHE} cannot be combined with labels or a state; give a state in its place")
+            windows = max(parallel_windows, PARALLEL_WINDOWS)
+            cached = input_ids, attention_mask, cache, state, logits_to_keep, windows, output_hidden_states
+            return self._generated(*cached)
+        if labels is not None and labels.shape != input_ids.shape:
+            raise InputError(
+                f"labels have shape {tuple(labels.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
+            )
+        out = self.transformer(input_ids, attention_mask, state, output_hidden_states, parallel_windows)
+        logits, loss = self.lm_head(kept_places(out.last_hidden_state, logits_to_keep)), None
+        if labels is not None:
+            all_logits = None if isinstance(logits_to_keep, Tensor) or logits_to_keep else logits
+            loss = self._loss(out.last_hidden_state, all_logits, labels, attention_mask)
+        state = None if use_cache is False else out.state
+        return RecurGPT2LMOutput(loss, logits, state, out.hidden_states)
+
+    def _loss(self, hidden, logits, labels, attention_mask):
+        """Of all logits, if they are there; of hidden states otherwise."""
+        packing = Packing(labels, attention_mask)
+        targets = nn.functional.pad(packing.ids[:, 1:], (0, 1), value=IGNORE_INDEX)
+        inside = torch.arange(targets.shape[1]) < packing.lengths[:, None] - 1
+        targets = packing.unpacked(targets.masked_fill(~inside.to(targets.device), IGNORE_INDEX))
+        if logits is not None:
+            total = loss_of_logits(logits, targets)
+        else:  # a few rows' logits were kept: the others are never made
+            total = summed_loss(hidden, self.lm_head.weight, targets)
+        return total / (targets != IGNORE_INDEX).sum().clamp_min(1)
+
+
+AutoConfig.register(RecurGPT2Config.model_type, RecurGPT2Config)
+AutoModel.register(RecurGPT2Config, RecurGPT2Model)
+AutoModelForCausalLM.register(RecurGPT2Config, RecurGPT2LMHeadModel)

@@ -1,0 +1,91 @@
+"""Padding squeezed out and put back: inside the model a row's tokens stand together, from the first place on."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+Piece = tuple[Tensor, Tensor, Tensor, list[Tensor]]
+
+
+class Packing:
+    """Where the tokens of a padded batch are. B rows, N places a row, of which `lengths[b]` hold a token.
+
+    Attributes:
+        ids: (B, N) the batch with every row's tokens in front.
+        lengths: (B,) int64 on the CPU.
+    """
+
+    def __init__(self, ids: Tensor, attention_mask: Tensor | None):
+        """`attention_mask`: (B, N), 0 for padding; None for none."""
+        rows, places = ids.shape
+        if attention_mask is not None and attention_mask.shape != ids.shape:
+            raise InputError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; give that of input_ids, {tuple(ids.shape)}"
+            )
+        self.lengths = torch.full((rows,), places, dtype=torch.int64)
+        self._order = None
+        if attention_mask is not None and not bool((attention_mask != 0).all()):
+            self.lengths = (attention_mask != 0).sum(dim=1).cpu()
+            # A stable sort keeps the tokens' order, and padding may have stood anywhere.
+            self._order = (attention_mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
+        self.ids = self.pack(ids)
+
+    def pack(self, values: Tensor) -> Tensor:
+        """(B, N, ...) as given -> the same with every row's tokens in front."""
+        return values if self._order is None else values.gather(1, self._index(values))
+
+    def unpacked(self, values: Tensor) -> Tensor:
+        """(B, N) with every row's tokens in front -> as given: what `pack` was given, of its like."""
+        return values if self._order is None else torch.empty_like(values).scatter(1, self._order, values)
+
+    def take(self, rows: Tensor, starts: Tensor, count: int) -> Tensor:
+        """(R, count) tokens of `rows` (R,) from `starts` (R,) on; token 0 beyond a row's end."""
+        places = starts[:, None] + torch.arange(count)
+        inside = places < self.lengths[rows, None]
+        rows, places = rows.to(self.ids.device), places.clamp_max(self.ids.shape[1] - 1).to(self.ids.device)
+        return self.ids[rows[:, None], places] * inside.to(self.ids.device)
+
+    def unpack(self, pieces: Iterable[Piece]) -> list[Tensor]:
+        """Put what was computed back where the tokens stood.
+
+        Args:
+            pieces: (rows (R,), first places (R,), token counts (R,), tensors (R, n, D), one a layer), in any order.
+
+        Returns:
+            One (B, N, D) a layer, zero at padding.
+        """
+        pieces = list(pieces)
+        if self._order is None and self._whole(pieces):
+            packed = [torch.cat(parts, dim=1) for parts in zip(*(tensors for *_, tensors in pieces), strict=True)]
+        else:
+            packed = [self._scatter(pieces, layer) for layer in range(len(pieces[0][3]))]
+        if self._order is None:
+            return packed
+        return [torch.zeros_like(values).scatter(1, self._index(values), values) for values in packed]
+
+    def _whole(self, pieces):
+        """Whether the pieces are all rows, one stretch after another, with no padding in them."""
+        rows = len(self.lengths)
+        return all(
+            len(piece_rows) == rows and bool((counts == tensors[0].shape[1]).all())
+            for piece_rows, _, counts, tensors in pieces
+        )
+
+    def _scatter(self, pieces, layer):
+        rows, places = self.ids.shape
+        like = pieces[0][3][layer]
+        flat = like.new_zeros(rows * places, like.shape[-1])
+        for piece_rows, starts, counts, tensors in pieces:
+            values = tensors[layer]
+            offsets = torch.arange(values.shape[1])
+            inside = offsets < counts[:, None]
+            target = (piece_rows[:, None] * places + starts[:, None] + offsets)[inside]
+            flat = flat.index_copy(0, target.to(flat.device), values[inside.to(values.device)].to(flat.dtype))
+        return flat.view(rows, places, -1)
+
+    def _index(self, values):
+        order = self._order
+        return order.view(*order.shape, *[1] * (values.ndim - 2)).expand_as(values)

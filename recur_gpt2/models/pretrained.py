@@ -1,0 +1,131 @@
+"""What both models share: made from a GPT-2 checkpoint, saved, loaded, fused."""
+
+from __future__ import annotations
+
+from copy import copy
+
+import torch
+from torch import nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
+
+from ..errors import InputError
+from ..ops.feature_maps import FeatureMap
+from ..ops.hybrid import FarGate
+from .block import STATE_DECAY, RecurGPT2Block, is_new
+from .configuration import OWN_FIELDS, RecurGPT2Config, with_window
+from .feature_map_fitting import fit_feature_maps
+from .hub import load_gpt2
+from .memory import LayerMemory, PooledMemory
+from .slot_initialization import fit_slots
+
+NO_LIMIT = int(1e30)  # as transformers says that a tokenizer has none
+NEW_MODULES = LayerMemory | PooledMemory | FeatureMap | FarGate  # what GPT-2 has not
+
+
+class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
+    config: RecurGPT2Config
+    config_class = RecurGPT2Config
+    base_model_prefix = "transformer"
+    _no_split_modules = ("RecurGPT2Block",)
+    _can_record_outputs = None
+    _supports_flash_attn = False
+    supports_gradient_checkpointing = False
+
+    def gradient_checkpointing_enable(self, *_, **__):
+        """Refused: transformers' switch wraps whole layers, and these are read in parts."""
+        raise InputError(
+            "gradient checkpointing cannot be switched on here; recur-gpt2 finetune --checkpointing recomputes windows "
+            "in the backward pass"
+        )
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name from transformers 5.24 on
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, NEW_MODULES):
+            module.reset_parameters()
+
+    @classmethod
+    def from_gpt2(cls, name_or_path: str, *, window: int = 256, recurrence: str = "default", **options):
+        """Give any GPT-2 checkpoint windows and a recurrence. The result computes exactly GPT-2 in a first window.
+
+        Args:
+            name_or_path: a hub id or a folder that `transformers` can load a GPT-2 from.
+            window: T, tokens a window.
+            recurrence: "default", "yoshida2020" or "none".
+            options: other fields of RecurGPT2Config.
+
+        Raises:
+            InputError: the checkpoint is missing, damaged or of another architecture, or a field is out of range.
+        """
+        unknown = [name for name in options if name not in cls.config_class.__dataclass_fields__]
+        if unknown:
+            raise InputError(
+                f"{unknown[0]!r} is no field of RecurGPT2Config; it has {', '.join(OWN_FIELDS)} and GPT-2's"
+            )
+        base = load_gpt2(name_or_path)
+        options |= {"recurrence": recurrence, "architectures": [cls.__name__]}
+        with torch.device("meta"):  # the weights are taken over, not copied
+            model = cls(with_window(base.config, window, **options))
+        source = base if hasattr(model, "lm_head") else base.transformer
+        missing, unexpected = model.load_state_dict(source.state_dict(), strict=False, assign=True)
+        alien = [name for name in missing if not is_new(name)] + unexpected
+        if alien:
+            raise InputError(f"{name_or_path} does not hold a whole GPT-2; these weights do not fit: {alien[:5]}")
+        _make_new_parameters(model, base.dtype)
+        core = getattr(model.eval(), "transformer", model)
+        fit_slots(core)
+        fit_feature_maps(core)
+        return model
+
+    def fuse_feature_maps(self):
+        """Fold the feature maps of linear layers into their projections of queries and keys, for faster inference.
+
+        Exact up to rounding. The folded weights are a copy, which is not saved: call this again after the weights have
+        changed. `train()` undoes it. Maps that are not affine before their nonlinearity (elu, rfa), and layers with
+        `near_tokens`, which need queries and keys themselves, stay as they are.
+
+        Returns:
+            The model itself.
+        """
+        for block in getattr(self, "transformer", self).h:
+            block.fuse_feature_map()
+        return self
+
+    def train(self, mode: bool = True):
+        """As in PyTorch; training goes on with the feature maps themselves."""
+        if mode:
+            for block in getattr(self, "transformer", self).h:
+                block.unfuse_feature_map()
+        return super().train(mode)
+
+    @classmethod
+    def from_pretrained(cls, *args, dtype=torch.float32, **kwargs):
+        """As in transformers, but weights in 16 bit are widened unless `dtype` says otherwise ("auto": as saved)."""
+        return super().from_pretrained(*args, dtype=dtype, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, tokenizer=None, **kwargs):
+        """As in transformers; with `tokenizer`, its files are saved beside the model, for texts of any length."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if tokenizer is not None:
+            tokenizer = copy(tokenizer)
+            tokenizer.model_max_length = NO_LIMIT
+            tokenizer.save_pretrained(save_directory)
+
+
+def _make_new_parameters(model, dtype):
+    """Tie the weights again, and make the parameters that are none of GPT-2's: the same ones each time."""
+    model.tie_weights()
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_meta:
+                made = torch.empty_like(tensor, dtype=dtype, device="cpu")
+                setattr(module, name, nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # a GPU's numbers are left alone
+        for module in model.modules():
+            if isinstance(module, NEW_MODULES):
+                module.reset_parameters()
+            elif isinstance(module, RecurGPT2Block) and module.state_decay is not None:
+                module.state_decay.fill_(STATE_DECAY)

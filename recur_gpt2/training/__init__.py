@@ -1,0 +1,1 @@
+"""Finetuning: loop, optimizer, truncated BPTT, activation checkpointing, checkpoints, distillation, distributed."""
