@@ -20,8 +20,8 @@ from ..models.block import TOKENS_AT_ONCE
 from ..models.configuration import RecurGPT2Config
 from ..models.flops import head_features
 from ..models.modeling import RecurGPT2LMHeadModel
+from ..ops import hybrid
 from ..ops.cross_entropy import CASTS, VOCABULARY_ROWS, cpu_chunk_rows
-from ..ops.hybrid import near_attention
 from ..ops.linear import CHUNK
 from ..ops.softmax import LONGEST_PRODUCTS, queries_in_products
 from ..training.activation_checkpointing import KEPT, NOTED
@@ -295,7 +295,7 @@ def _near_products(config, width):
     places, and their gradients."""
     if not config.near_tokens:
         return 0
-    chunk = min(near_attention.CHUNK, config.near_tokens, config.window)
+    chunk = min(hybrid.CHUNK, config.near_tokens, config.window)
     return 4 * width * config.n_head * (config.near_tokens + chunk)
 
 
@@ -305,7 +305,7 @@ def _linear(config, layer, width):
     head, features, _ = head_features(config)
     maps = 2 * heads * head * features / config.window
     if config.near_tokens:
-        chunk = min(near_attention.CHUNK, config.near_tokens, config.window)
+        chunk = min(hybrid.CHUNK, config.near_tokens, config.window)
         places = 2 * wide * (config.near_tokens + chunk) / chunk
         if config.memory_slots:  # they stand in front of a window, with what the next one's are made of
             places += 2 * wide * (max(config.near_tokens, config.last_slots) + config.window) / config.window

@@ -1,4 +1,4 @@
-"""sweep.py, sweep_points.py, sweep_models.py: what is tried, what is recorded, and that nothing is done twice."""
+"""sweep.py, points.py, models.py: what is tried, what is recorded, and that nothing is done twice."""
 
 import json
 import shutil
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, random_gpt2
 
-from recur_gpt2 import RecurGPT2LMHeadModel, sweep, sweep_models, sweep_points
+from recur_gpt2 import RecurGPT2LMHeadModel
+from recur_gpt2.budget.sweep import models, points, run
 from recur_gpt2.budget.sweep.choice import best_measured
 from recur_gpt2.budget.sweep.models import METHODS, SweepModels
 from recur_gpt2.budget.sweep.points import MARGIN, NOT_FITTING
@@ -27,7 +28,7 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(sweep, "write_report", lambda *_: None)  # its plots take most of the time; tested elsewhere
+    monkeypatch.setattr(run, "write_report", lambda *_: None)  # its plots take most of the time; tested elsewhere
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def jobs(monkeypatch):
         done.append(job)
         return {"status": OK, "peak_memory_bytes": job.workload.lanes * 10 * MIB, "tokens_per_second": 1000.0}
 
-    monkeypatch.setattr(sweep_points, "measured", measured)
+    monkeypatch.setattr(points, "measured", measured)
     return done
 
 
@@ -57,10 +58,10 @@ def finetunings(monkeypatch):
         nats = 4 - window / 1000 - 0.1 * method.model.startswith("recurrent") - 0.2 * ("overlap" in method.protocol)
         return {"nats": nats, "nats_interval": [nats, nats], "token_ppl": 50.0, "model": f"{window}-{method.model}"}
 
-    monkeypatch.setattr(sweep_models, "finetuned", finetuned)
+    monkeypatch.setattr(models, "finetuned", finetuned)
     monkeypatch.setattr(SweepModels, "quality", quality)
     monkeypatch.setattr(SweepModels, "check_data", lambda *_: None)
-    monkeypatch.setattr(sweep_models, "load_config", lambda folder: FakeConfig(folder))
+    monkeypatch.setattr(models, "load_config", lambda folder: FakeConfig(folder))
     return done
 
 
@@ -97,7 +98,7 @@ def test_every_method_window_and_budget_has_a_row_and_so_has_every_length(task, 
     rows = run_sweep(args)
     assert rows == written(args)
     expected = {(m, w, b, None) for m in args.methods for w in args.windows for b in [*args.budgets, None]}
-    expected |= {(m, 256, None, n) for m in args.methods for n in sweep_points.lengths_of(task)}
+    expected |= {(m, 256, None, n) for m in args.methods for n in points.lengths_of(task)}
     assert {key(row) for row in rows} == expected
     assert len(rows) == len(expected)
 
@@ -128,7 +129,7 @@ def test_running_out_of_memory_is_recorded_and_the_next_settings_are_tried(tmp_p
             return {"status": OUT_OF_MEMORY, "reason": "needed more"}
         return {"status": OK, "peak_memory_bytes": MIB, "tokens_per_second": 1.0}
 
-    monkeypatch.setattr(sweep_points, "measured", measured)
+    monkeypatch.setattr(points, "measured", measured)
     rows = points_of(run_sweep(arguments(tmp_path, windows=[64], methods=["recurrent"], budgets=[2000 * MIB])))
     assert [row["status"] for row in rows] == [OUT_OF_MEMORY] * 3 + [OK]
     assert [row["settings"]["lanes"] for row in rows] == [16, 8, 4, 2]
@@ -143,7 +144,7 @@ def test_what_took_more_than_a_budget_has_run_out_of_it(tmp_path, monkeypatch, f
         peak = 300 * MIB if job.workload.lanes > 1 else 10 * MIB
         return held({"status": OK, "peak_memory_bytes": peak, "tokens_per_second": 1.0}, job.budget)
 
-    monkeypatch.setattr(sweep_points, "measured", measured)
+    monkeypatch.setattr(points, "measured", measured)
     budgets = [310 * MIB, 290 * MIB]
     large, *small = points_of(run_sweep(arguments(tmp_path, windows=[64], methods=["recurrent"], budgets=budgets)))
     assert (large["status"], large["peak_memory_bytes"]) == (OK, 300 * MIB)
@@ -166,8 +167,8 @@ def test_finetuning_measures_gpt2_and_reading_the_finetuned_model(tmp_path, jobs
     jobs.clear()
     args = SweepArguments(MODEL, "pg19-sample", tmp_path / "read", "score", [400 * MIB], [64, 256], ["recurrent"])
     run_sweep(args)
-    models = {str(args.finetuned / f"w{window}-recurrent" / "recurrent" / "model") for window in (64, 256)}
-    assert {str(job.model) for job in jobs} == models
+    folders = {str(args.finetuned / f"w{window}-recurrent" / "recurrent" / "model") for window in (64, 256)}
+    assert {str(job.model) for job in jobs} == folders
 
 
 def test_each_kind_of_model_is_finetuned_once_a_window_on_as_many_tokens(tmp_path, jobs, finetunings):
@@ -190,20 +191,20 @@ def test_without_tokens_to_score_nothing_is_finetuned(tmp_path, jobs, finetuning
 
 def test_an_interrupted_sweep_goes_on_and_ends_as_one_that_was_not(tmp_path, monkeypatch, jobs, finetunings):
     whole = run_sweep(arguments(tmp_path / "whole"))
-    measured, done = sweep_points.measured, len(jobs)
+    measured, done = points.measured, len(jobs)
 
     def interrupted(job):
         if len(jobs) == done + 5:
             raise KeyboardInterrupt
         return measured(job)
 
-    monkeypatch.setattr(sweep_points, "measured", interrupted)
+    monkeypatch.setattr(points, "measured", interrupted)
     args = arguments(tmp_path)
     with pytest.raises(KeyboardInterrupt, match="--resume"):
         run_sweep(args)
     before = written(args)
     assert 0 < len(before) < len(whole)
-    monkeypatch.setattr(sweep_points, "measured", measured)
+    monkeypatch.setattr(points, "measured", measured)
     rows = run_sweep(arguments(tmp_path, resume=True))
     assert rows[: len(before)] == before
     assert [key(row) for row in rows] == [key(row) for row in whole]
@@ -226,15 +227,15 @@ def test_what_was_measured_survives_a_failed_finetuning_and_is_scored_later(tmp_
     def failing(folder, flags):
         raise subprocess.CalledProcessError(2, ["finetune"])
 
-    works = sweep_models.finetuned
-    monkeypatch.setattr(sweep_models, "finetuned", failing)
+    works = models.finetuned
+    monkeypatch.setattr(models, "finetuned", failing)
     rows = points_of(run_sweep(arguments(tmp_path, methods=["recurrent"])))
     measured = [row for row in rows if row["budget_bytes"] == 400 * MIB]
     assert {row["status"] for row in measured} == {OK}
     assert all(row["peak_memory_bytes"] and "ended with status 2" in row["unscored"] for row in measured)
     assert "measured, not scored (" in unmeasured(rows)
     before = len(jobs)
-    monkeypatch.setattr(sweep_models, "finetuned", works)
+    monkeypatch.setattr(models, "finetuned", works)
     again = points_of(run_sweep(arguments(tmp_path, methods=["recurrent"], resume=True)))
     assert len(jobs) == before, "nothing is measured twice"
     scored = [row for row in again if row["budget_bytes"] == 400 * MIB]
@@ -243,7 +244,7 @@ def test_what_was_measured_survives_a_failed_finetuning_and_is_scored_later(tmp_
 
 
 def test_a_measurement_that_fails_leaves_those_before_it_and_is_tried_again(tmp_path, monkeypatch, jobs, finetunings):
-    works = sweep_points.measured
+    works = points.measured
 
     def failing(job):
         if job.budget == 400 * MIB:
@@ -251,13 +252,13 @@ def test_a_measurement_that_fails_leaves_those_before_it_and_is_tried_again(tmp_
         return works(job)
 
     budgets = [300 * MIB, 400 * MIB]
-    monkeypatch.setattr(sweep_points, "measured", failing)
+    monkeypatch.setattr(points, "measured", failing)
     rows = points_of(run_sweep(arguments(tmp_path, methods=["recurrent"], budgets=budgets)))
     assert {row["status"] for row in rows if row["budget_bytes"] == 400 * MIB} == {FAILED}
     kept = [row for row in rows if row["budget_bytes"] == 300 * MIB]
     assert kept
     assert FAILED not in {row["status"] for row in kept}
-    monkeypatch.setattr(sweep_points, "measured", works)
+    monkeypatch.setattr(points, "measured", works)
     again = points_of(run_sweep(arguments(tmp_path, methods=["recurrent"], budgets=budgets, resume=True)))
     assert {row["status"] for row in again if row["budget_bytes"] == 400 * MIB} == {OK}
     assert all(row in again for row in kept)
@@ -319,15 +320,15 @@ def test_models_that_lie_there_are_used_if_they_are_what_they_should_be(tmp_path
     random = random_gpt2(n_layer=2, vocab_size=300)
     random.save_pretrained(tmp_path / "gpt2")
     settings = {"data": "pg19-sample", "finetune_tokens": 8192, "eval_split": "test", "eval_tokens": 100}
-    models = SweepModels(tmp_path, str(tmp_path / "gpt2"), **settings, precision="float32")
+    made = SweepModels(tmp_path, str(tmp_path / "gpt2"), **settings, precision="float32")
     mine = RecurGPT2LMHeadModel.from_gpt2(tmp_path / "gpt2", window=16, last_slots=4)
     folder = tmp_path / "w16-recurrent" / "recurrent" / "model"
     mine.save_pretrained(folder)
-    assert not models.missing(METHODS["recurrent"], 16)
-    assert models.path(METHODS["recurrent+overlap"], 16) == folder
+    assert not made.missing(METHODS["recurrent"], 16)
+    assert made.path(METHODS["recurrent+overlap"], 16) == folder
     shutil.copytree(tmp_path / "w16-recurrent", tmp_path / "w16-t2r")
     with pytest.raises(InputError, match="is not t2r at window 16"):
-        models.path(METHODS["t2r"], 16)
+        made.path(METHODS["t2r"], 16)
 
 
 def test_the_best_measured_point_within_the_budget_is_recommended(tmp_path, jobs, finetunings):
@@ -381,7 +382,7 @@ def test_the_settings_that_take_least_are_measured_too_if_any_budget_holds_them(
 @pytest.mark.slow
 def test_a_sweep_measures_finetunes_and_scores(tmp_path, monkeypatch, capsys):
     """The whole of it with a model of random weights; and a sweep of another task takes over its models and scores."""
-    monkeypatch.setattr(sweep_points, "OTHER_LENGTHS", ())
+    monkeypatch.setattr(points, "OTHER_LENGTHS", ())
     monkeypatch.setattr("recur_gpt2.budget.sweep.points.STEPS", 2)
     monkeypatch.setattr("recur_gpt2.budget.sweep.points.READ_TOKENS", 512)
     folder = tmp_path / "texts"

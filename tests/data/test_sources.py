@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from recur_gpt2 import InputError, sources
+from recur_gpt2 import InputError
+from recur_gpt2.data import sources
 from recur_gpt2.data.sources import find_sources, named_texts
 
 

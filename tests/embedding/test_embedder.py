@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from transformers import AutoTokenizer, GPT2Model
 
-from recur_gpt2 import DocumentEmbedder, InputError, RecurGPT2LMHeadModel, accounting
+from recur_gpt2 import DocumentEmbedder, InputError, RecurGPT2LMHeadModel
 from recur_gpt2.data.bundle import BUNDLED_MODEL, POOLINGS
+from recur_gpt2.utils import measure
 
 FORMS = ("default", "gated", "yoshida2020", "pooled above", "near, default", "t2r, default", "carried", "none")
 WORDS = ["It", " rained", " in", " Oldtown", "\n\n", " 1887", ", and", " naïveté", " the", " 🙂", "  ", " Mr.", "ing"]
@@ -381,8 +382,8 @@ def test_an_unknown_type_is_refused(gpt2_folder):
 def test_memory_does_not_grow_with_the_document(method, make_embedder):
     embedder, text, peaks = make_embedder("default"), of_tokens(200_000), []
     for end in (40_000, 40_000, len(text)):
-        accounting.reset_peak()
+        measure.reset_peak()
         for _ in getattr(embedder, method)(text[:end], batch_tokens=512):
             pass
-        peaks.append(accounting.peak_resident())
+        peaks.append(measure.peak_resident())
     assert peaks[2] - peaks[1] < 10 * 2**20  # the hidden states of all tokens would take 51 MB

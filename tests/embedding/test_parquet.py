@@ -16,9 +16,10 @@ from numpy.testing import assert_allclose
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from recur_gpt2 import DocumentEmbedder, embedding_files
+from recur_gpt2 import DocumentEmbedder
 from recur_gpt2.cli.main import main
 from recur_gpt2.data.bundle import BUNDLED_MODEL, BUNDLED_RECURRENT
+from recur_gpt2.embedding import parquet
 from recur_gpt2.embedding.search import nearest
 
 WORDS = "It rained in Oldtown and the river rose while Mr. Weston was away".split()  # noqa: SIM905
@@ -67,7 +68,7 @@ def test_every_document_has_a_row_in_order(texts, embedder, capsys):
     assert table["id"].to_pylist() == list(texts)
     assert table["characters"].to_pylist() == [len(text) for text in texts.values()]
     assert table.schema.field("vector").type == pa.list_(pa.float32(), 256)
-    assert set(table["model"].to_pylist()) == {embedding_files.fingerprint(embedder)}
+    assert set(table["model"].to_pylist()) == {parquet.fingerprint(embedder)}
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean+memory"])
@@ -174,11 +175,11 @@ def test_a_share_that_does_not_exist_is_refused(shard, texts, capsys):
 
 def test_the_fingerprint_is_of_what_makes_vectors(embedder):
     other = DocumentEmbedder.from_pretrained(BUNDLED_RECURRENT, device="cpu")
-    assert embedding_files.fingerprint(other) == embedding_files.fingerprint(embedder)
+    assert parquet.fingerprint(other) == parquet.fingerprint(embedder)
     other.model.transformer.ln_f.bias.data[0] += 1
-    assert embedding_files.fingerprint(other) != embedding_files.fingerprint(embedder)
+    assert parquet.fingerprint(other) != parquet.fingerprint(embedder)
     windows = (DocumentEmbedder.from_pretrained(BUNDLED_MODEL, window, device="cpu") for window in (64, 128))
-    assert len({embedding_files.fingerprint(each) for each in windows}) == 2
+    assert len({parquet.fingerprint(each) for each in windows}) == 2
 
 
 # ---- search ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from conftest import DATA, random_gpt2
 from helpers_training import losses_of, weights_of
 from transformers import GPT2LMHeadModel
 
-from recur_gpt2 import RecurGPT2LMHeadModel, experiment
+from recur_gpt2 import RecurGPT2LMHeadModel
+from recur_gpt2.evaluation import comparison
 from recur_gpt2.evaluation.comparison import ROW_ORDER, ExperimentArguments, protocol_of, run_experiment
 from recur_gpt2.evaluation.evaluate import evaluate
 from recur_gpt2.training.arguments import TrainingArguments
@@ -58,7 +59,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def arguments(models, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "write_report", lambda *_: None)  # its plots take most of the time
+    monkeypatch.setattr(comparison, "write_report", lambda *_: None)  # its plots take most of the time
 
     def make(kind="gpt2", *, precision="float32", **options):
         small = {"steps": 3, "lanes": 2, "bptt": 2, "save_every": 1, "lr": 1e-2, "precision": precision}
@@ -93,10 +94,10 @@ class Held:
         self.made, self.events = [], []
         for kind in (RecurGPT2LMHeadModel, GPT2LMHeadModel, torch.optim.AdamW):
             before(monkeypatch, kind, "__init__", lambda it, *_: self.made.append(weakref.ref(it)))
-        before(monkeypatch, experiment, "autocast_dtype", lambda *_: self.note("tried"))
+        before(monkeypatch, comparison, "autocast_dtype", lambda *_: self.note("tried"))
         before(monkeypatch, Trainer, "_step", lambda trainer, *_: self.note(f"finetuned, {trainer.folder.name}"))
-        before(monkeypatch, experiment, "evaluate", lambda *_: self.note("scored"))
-        before(monkeypatch, experiment, "release_memory", lambda *_: self.note("given back"))
+        before(monkeypatch, comparison, "evaluate", lambda *_: self.note("scored"))
+        before(monkeypatch, comparison, "release_memory", lambda *_: self.note("given back"))
 
     def note(self, event):
         alive = [it for made in self.made if (it := made()) is not None]
@@ -145,8 +146,8 @@ def test_nothing_is_tried_where_the_precision_is_given(arguments, monkeypatch):
 )
 def test_a_model_that_no_row_is_wanted_of_is_not_loaded(options, loaded, arguments, monkeypatch):
     args, found = arguments(**options), []
-    before(monkeypatch, experiment, "_evaluate_all", lambda *_: found.clear())
-    before(monkeypatch, experiment, "load_any", lambda folder, *_: found.append(Path(folder)))
+    before(monkeypatch, comparison, "_evaluate_all", lambda *_: found.clear())
+    before(monkeypatch, comparison, "load_any", lambda folder, *_: found.append(Path(folder)))
     results = run_experiment(args)
     assert [(folder.parent if folder.name == "model" else folder).name for folder in found] == loaded
     assert {row["name"] for row in results["rows"]} <= set(options.get("rows", ROW_ORDER))
@@ -171,9 +172,9 @@ def test_the_control_starts_as_the_gpt2_itself(kind, models, arguments, monkeypa
 def test_rows_are_those_of_the_models_that_were_finetuned(kind, models, arguments, monkeypatch):
     """Each model is scored as it was in memory when its finetuning ended, and the base as transformers loads it."""
     args, kept, scored = arguments(kind), {}, []
-    before(monkeypatch, experiment, "save_model", lambda it, _, folder: kept.update({folder.parent.name: deepcopy(it)}))
+    before(monkeypatch, comparison, "save_model", lambda it, _, folder: kept.update({folder.parent.name: deepcopy(it)}))
     before(
-        monkeypatch, experiment, "_evaluate_all", lambda _, documents, tokenizer: scored.extend((documents, tokenizer))
+        monkeypatch, comparison, "_evaluate_all", lambda _, documents, tokenizer: scored.extend((documents, tokenizer))
     )
     rows = {row["name"]: row for row in run_experiment(args)["rows"]}
     base = RecurGPT2LMHeadModel.from_gpt2(models["gpt2"], window=16, recurrence="none")

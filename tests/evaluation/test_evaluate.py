@@ -298,7 +298,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
     def failing(*args):
         raise MemoryError
 
-    monkeypatch.setattr(evaluate, "token_losses", failing)
+    monkeypatch.setattr("recur_gpt2.evaluation.evaluate.token_losses", failing)
     with pytest.raises(MemoryError):
         score(model)
     assert model.training

@@ -3,7 +3,8 @@
 import pytest
 from transformers import AutoConfig, GPT2Config
 
-from recur_gpt2 import InputError, RecurGPT2Config, configuration
+from recur_gpt2 import InputError, RecurGPT2Config
+from recur_gpt2.models import configuration
 from recur_gpt2.models.flops import flops_per_token
 
 SIZES = {"n_layer": 6, "n_embd": 32, "n_head": 4, "vocab_size": 97, "n_positions": 128}

@@ -1,8 +1,8 @@
-"""fitting.py measures what the attention operators really weigh, and brings it nearer to softmax."""
+"""feature_map_fitting.py measures what the attention operators really weigh, and brings it nearer to softmax."""
 
 import pytest
 import torch
-from test_feature_maps import HEADS, SIZE, WIDTH, every_map, random_inputs, random_map
+from helpers_feature_maps import HEADS, SIZE, WIDTH, every_map, random_inputs, random_map
 from torch import nn
 from torch.nn.functional import pad
 from torch.testing import assert_close

@@ -10,11 +10,14 @@ from helpers_training import gpt2_of, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from recur_gpt2 import RecurGPT2Config, RecurGPT2LMHeadModel, accounting, attention
+from recur_gpt2 import RecurGPT2Config, RecurGPT2LMHeadModel
+from recur_gpt2.models import flops
 from recur_gpt2.models.flops import flops_per_token
 from recur_gpt2.models.state import RecurState
+from recur_gpt2.ops import softmax
 from recur_gpt2.ops.cross_entropy import summed_loss
 from recur_gpt2.ops.feature_maps import FEATURE_MAPS, T2R
+from recur_gpt2.utils import measure
 from recur_gpt2.utils.measure import Meter, peak_resident, weight_bytes
 
 MB = 2**20
@@ -79,7 +82,7 @@ def read_window(model, state):
 def whole_rectangles(monkeypatch):
     """Attention in steps would leave out most of what lies in the future, which counts too."""
     for name in ("QUERIES", "QUERIES_WITHOUT_GRADIENT"):
-        monkeypatch.setattr(attention, name, 2**20)
+        monkeypatch.setattr(softmax, name, 2**20)
 
 
 def counted(run):
@@ -200,7 +203,7 @@ def test_the_peak_is_none_where_it_cannot_be_measured(monkeypatch):
     def refused(*args, **kwargs):
         raise PermissionError
 
-    monkeypatch.setattr(accounting.Path, "write_text", refused)
+    monkeypatch.setattr(measure.Path, "write_text", refused)
     with Meter(tiny_model()) as measured:
         time.sleep(0.01)
     assert measured.peak_memory_bytes is None
@@ -249,5 +252,5 @@ def test_what_a_feature_map_costs_is_asked_of_the_map(monkeypatch):
 
     options = BASE | {"recurrence": "none", "linear_layers": "all"}
     monkeypatch.setitem(FEATURE_MAPS, "wider", Wider)
-    assert accounting.head_features(RecurGPT2Config(**options, feature_map="wider", feature_size=8)) == (16, 16, 3)
+    assert flops.head_features(RecurGPT2Config(**options, feature_map="wider", feature_size=8)) == (16, 16, 3)
     assert flops_per_token(RecurGPT2Config(**options, feature_map="wider")) > 0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers_feature_maps import HEADS, SIZE, WIDTH, every_map, random_inputs, random_map
 from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
@@ -9,23 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from recur_gpt2.errors import InputError
 from recur_gpt2.ops.feature_maps import FEATURE_MAPS, make_feature_map
 
-HEADS, WIDTH, SIZE = 3, 8, 6
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-every_map = pytest.mark.parametrize("name", FEATURE_MAPS)
-
-
-def random_map(name, size=SIZE, dtype=torch.float64):
-    """A map with no parameter where it started."""
-    feature_map = make_feature_map(name, HEADS, WIDTH, size).to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in feature_map.parameters():
-            parameter += 0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
-    return feature_map
-
-
-def random_inputs(*shape, seed=0, dtype=torch.float64):
-    return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def t2r(feature_map, head, x):
