@@ -149,7 +149,7 @@ def plain_run(model, corpus, args, *, processes=1):
                     window = slice(k, k + 1)
                     starts = segment.starts[:, window]
                     starts = starts if args.recurrent else torch.ones_like(starts)
-                    hidden, state = model.transformer.read(segment.input_ids[:, window], starts, state)
+                    hidden, state = model.transformer.forward_windows(segment.input_ids[:, window], starts, state)
                     logits = model.lm_head(hidden).flatten(0, -2)
                     targets = segment.targets[:, window].flatten()
                     total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")

@@ -238,7 +238,7 @@ class _Reader:
 
     def _hidden(self, segment, starts, state):
         self.tokens += segment.scored
-        return self.model.transformer.read(segment.input_ids, starts, state)
+        return self.model.transformer.forward_windows(segment.input_ids, starts, state)
 
     @torch.no_grad()  # in inference mode autocast would cast all weights again at every reading
     def _walk(self, documents, windows, step):

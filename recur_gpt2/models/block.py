@@ -54,6 +54,11 @@ class RecurGPT2Block(GPT2Block):
         if layer_idx in config.linear_layers:
             self.make_linear(self.new_feature_map(config), config)
 
+    @property
+    def name(self) -> str:
+        """Of the layer, in states."""
+        return str(self.attn.layer_idx)
+
     def forward(self, *_, **__):
         """Not GPT2Block's, which would read without memory."""
         raise InputError("a layer cannot be called by itself, since its window and memory are the model's; call that")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.tensors import product_type, widen
-from .attention_layers.buffers import Places, make_layer
+from .attention_layers import attention_of
+from .attention_layers.positions import Positions
 from .state import Origin, RecurState
 
 
@@ -40,7 +41,9 @@ class Decoder:
         last = None
         if str(layer) in self.model.recurrence:
             last = config.window if config.pooled_slots else config.last_slots
-        return make_layer(block, rows, config.window, slots, last, like)
+        attention = attention_of(block)
+        attention.allocate(rows, config.window, slots, last, like)
+        return attention
 
     @torch.no_grad()
     def load(self, state: RecurState) -> None:
@@ -56,8 +59,8 @@ class Decoder:
         if len(rows):
             self._begin(rows)
         if any(self.filled):
-            for layer, each in enumerate(self.layers):
-                each.load(state.window, str(layer), self.filled)
+            for each in self.layers:
+                each.load(state.window, self.filled)
             if "pooled" in state.window:
                 self.sums.copy_(state.window["pooled"])
         else:
@@ -68,8 +71,8 @@ class Decoder:
         """A copy of where the rows are."""
         window = {}
         if any(self.filled):
-            for layer, each in enumerate(self.layers):
-                window |= each.save(str(layer), self.filled)
+            for each in self.layers:
+                window |= each.save(self.filled)
             if self.config.pool_layers:
                 window["pooled"] = self.sums.clone()
         counters = torch.tensor(self.windows), torch.tensor(self.filled)
@@ -86,11 +89,11 @@ class Decoder:
         Returns:
             Hidden states (B, 1, D) after the final layer norm.
         """
-        model, places = self.model, Places(self.filled, [windows > 0 for windows in self.windows], self.device)
-        hidden = model.wte(input_ids) + model.wpe(self._positions(places))
+        model, positions = self.model, Positions(self.filled, [windows > 0 for windows in self.windows], self.device)
+        hidden = model.wte(input_ids) + model.wpe(self._position_ids(positions))
         pooled = {}
         for layer, (block, each) in enumerate(zip(model.h, self.layers, strict=True)):
-            hidden = block.finish(hidden, each.attend(hidden, places))
+            hidden = block.finish(hidden, each.step(hidden, positions))
             if layer in self.config.pool_layers:
                 pooled[layer] = widen(hidden[:, 0])
         if pooled:
@@ -118,11 +121,11 @@ class Decoder:
         """All that is kept, rows first."""
         return [*(each for layer in self.layers for each in layer.buffers), self.sums, *self.memory.values()]
 
-    def _positions(self, places):
+    def _position_ids(self, positions):
         """(B, 1) position ids, or (1, 1) where all rows are alike."""
         offset = self.config.position_offset
-        numbers = [n + offset * has for n, has in zip(places.filled, places.has_memory, strict=True)]
-        return torch.tensor(numbers[:1] if places.alike else numbers, device=self.device)[:, None]
+        numbers = [n + offset * has for n, has in zip(positions.filled, positions.has_memory, strict=True)]
+        return torch.tensor(numbers[:1] if positions.alike else numbers, device=self.device)[:, None]
 
     def _advance(self):
         """Count the token, and turn over the windows that it has filled."""

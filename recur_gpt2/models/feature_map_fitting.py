@@ -66,9 +66,9 @@ def _fit_together(model, tokens):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, DISTIL_STEPS)
     for step in tqdm(range(DISTIL_STEPS), desc="fitting them together", unit="step", leave=False):
         read = tokens[(torch.arange(rows) + step * rows) % len(tokens)][:, None].to(model.wte.weight.device)
-        wanted = model.read_softly(read, starts).flatten(0, -2)
+        wanted = model.softmax_forward(read, starts).flatten(0, -2)
         with torch.enable_grad():
-            given = model.read(read, starts, run_layer=_recomputed)[0].flatten(0, -2)
+            given = model.forward_windows(read, starts, call_layer=_recomputed)[0].flatten(0, -2)
             gradients = torch.autograd.grad(_divergence(given, wanted, model.wte.weight.detach()), learning)
         for parameter, gradient in zip(learning, gradients, strict=True):
             parameter.grad = gradient

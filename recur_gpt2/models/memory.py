@@ -36,6 +36,11 @@ class LayerMemory(nn.Module):
         self.gate_bias = nn.Parameter(torch.zeros(heads, config.pooled_slots))
         self.reset_parameters()
 
+    @property
+    def slots(self) -> int:
+        """M, slots that windows attend to."""
+        return self.sink.shape[2] + self.pooled_slots + self.last_slots
+
     def reset_parameters(self):
         """Pooling starts near the mean, and carries half of the old memory."""
         nn.init.normal_(self.pool_query, std=0.02)

@@ -1,7 +1,7 @@
 """RecurGPT2Model and RecurGPT2LMHeadModel: a GPT-2 that reads documents of any length in windows.
 
 Notable here:
-- one function, `RecurGPT2Model.read`, takes (tokens, state) to (hidden states, next state); all else walks through it;
+- one function, `RecurGPT2Model._run`, takes (tokens, state) to (hidden states, next state); all else goes through it;
 - windows are computed in blocks of `parallel_windows`, layer by layer, wherever memory does not make them wait;
 - padding is squeezed out first, so that rows of any lengths and places in their windows share a batch.
 
@@ -21,6 +21,7 @@ from ..errors import InputError
 from ..ops.cross_entropy import loss_of_logits, summed_loss
 from ..ops.matmul import Head
 from ..utils.tensors import IGNORE_INDEX, product_type
+from .attention_layers.softmax import AttentionHook
 from .block import RecurGPT2Block
 from .configuration import RecurGPT2Config
 from .generation import (
@@ -35,9 +36,9 @@ from .generation import (
 from .memory import make_recurrence
 from .packing import Packing
 from .pretrained import RecurGPT2PreTrainedModel
-from .schedule import LayerWalk, PooledWalk, RunLayer, Teach
+from .schedule import CallLayer, LayerSchedule, PooledSchedule
 from .state import Origin, RecurState
-from .windows import FreshWindows, ResumedWindows
+from .windows import NewWindows, PartialWindows
 
 
 @dataclass
@@ -109,8 +110,8 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         pieces = []
         done = torch.zeros(len(input_ids), dtype=torch.int64)
         while bool((done < packing.lengths).any()):
-            rows, stretch, ids, tokens = self._next_stretch(packing, state, done, parallel_windows)
-            hidden, read = self._run(ids, stretch, every_layer=output_hidden_states, depth=depth)
+            rows, windows, ids, tokens = self._next_windows(packing, state, done, parallel_windows)
+            hidden, read = self._run(ids, windows, every_layer=output_hidden_states, depth=depth)
             state = read if len(rows) == len(done) else state.merge(rows, read)
             pieces.append((rows, done[rows], tokens, [h.flatten(1, 2) for h in hidden]))
             done = done.index_add(0, rows, tokens)
@@ -118,50 +119,52 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         state = replace(state, origin=Origin.of(self))
         return RecurGPT2Output(layers[-1], state, tuple(layers) if output_hidden_states else None)
 
-    def read(
+    def forward_windows(
         self,
         input_ids: Tensor,
         starts: Tensor,
         state: RecurState | None = None,
-        run_layer: RunLayer | None = None,
+        call_layer: CallLayer | None = None,
     ) -> tuple[Tensor, RecurState]:
-        """Read W whole windows of each row at once: what training iterates over.
+        """W whole windows of each row at once: what training iterates over.
 
         Args:
             input_ids: (B, W, T) int64, T = config.window. A window whose document ends in it is padded at its end.
             starts: (B, W) bool on the CPU, whether a document starts at the window. The window after a padded one
                 must start a document.
             state: before the first window.
-            run_layer: calls each layer, `run_layer(layer, *tensors)`, in place of us, and may do so again later: what
+            call_layer: calls each layer, `call_layer(layer, *tensors)`, in place of us, and may do so again later: what
                 recomputation hooks into.
 
         Returns:
             Hidden states (B, W, T, D) after the final layer norm, and the state after the last window.
         """
-        return self._read(input_ids, starts, state, run_layer=run_layer)
+        return self._forward_windows(input_ids, starts, state, call_layer=call_layer)
 
-    def _read(self, input_ids, starts, state, **options):
+    def _forward_windows(self, input_ids, starts, state, **options):
         rows, windows, length = input_ids.shape
         state = self._checked_state(state, rows, self.config.n_layer)
         has_memory = torch.ones(rows, windows, dtype=torch.bool)
         has_memory[:, 0] = state.windows > 0
         tokens = torch.full((rows,), windows * length)
-        stretch = FreshWindows(state, has_memory & ~starts, tokens, self.config.window)
-        hidden, state = self._run(input_ids, stretch, **options)
+        block = NewWindows(state, has_memory & ~starts, tokens, self.config.window)
+        hidden, state = self._run(input_ids, block, **options)
         return hidden[-1], state
 
-    def read_softly(self, input_ids: Tensor, starts: Tensor) -> Tensor:
-        """`read`, from no state, with softmax attention in all layers, as before conversion -> hidden states."""
-        return self._read(input_ids, starts, None, teach=lambda *_: None)[0]
+    def softmax_forward(self, input_ids: Tensor, starts: Tensor) -> Tensor:
+        """`forward_windows` from no state, with softmax attention in all layers, as before conversion."""
+        return self._forward_windows(input_ids, starts, None, hook=lambda *_: None)[0]
 
-    def teach(self, input_ids: Tensor, starts: Tensor, state: RecurState | None, teach: Teach) -> RecurState:
-        """`read` with softmax attention in all layers, as before conversion -> the state after the last window.
+    def teacher_forward(
+        self, input_ids: Tensor, starts: Tensor, state: RecurState | None, hook: AttentionHook
+    ) -> RecurState:
+        """`forward_windows` with softmax attention in all layers, as before conversion; returns the state alone.
 
         Args:
-            teach: called in every layer whose own attention is linear, with the block, its queries and keys
+            hook: called in every layer whose own attention is linear, with the block, its queries and keys
                 (B, W, H, T, d), keys of its memory (B, W, H, M, d) or None, and which windows have memory.
         """
-        return self._read(input_ids, starts, state, teach=teach)[1]
+        return self._forward_windows(input_ids, starts, state, hook=hook)[1]
 
     def _checked_depth(self, layer):
         layers = self.config.n_layer
@@ -181,7 +184,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             raise InputError(f"the state was left by fewer layers than the {depth} to read; give the same `layer`")
         return state.to(self.wte.weight.device, product_type(self.wte.weight))
 
-    def _next_stretch(self, packing, state, done, parallel_windows):
+    def _next_windows(self, packing, state, done, parallel_windows):
         """What to read next: first fill windows that are not full, then whole windows, then tails."""
         window = self.config.window
         left = packing.lengths - done
@@ -191,29 +194,29 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         if bool(resumed.any()):
             tokens = torch.minimum(left, window - picked.filled)
             has_memory = (picked.windows > 0)[:, None]
-            stretch = ResumedWindows(picked, has_memory, tokens, window)
-            return rows, stretch, packing.take(rows, done[rows], int(tokens.max()))[:, None], tokens
+            block = PartialWindows(picked, has_memory, tokens, window)
+            return rows, block, packing.take(rows, done[rows], int(tokens.max()))[:, None], tokens
         windows = int(left.max()) // window
         windows = max(1, min(windows, parallel_windows))
         tokens = left.clamp_max(windows * window)
         has_memory = torch.ones(len(rows), windows, dtype=torch.bool)
         has_memory[:, 0] = picked.windows > 0
         ids = packing.take(rows, done[rows], int(tokens.max()) if windows == 1 else windows * window)
-        return rows, FreshWindows(picked, has_memory, tokens, window), ids.view(len(rows), windows, -1), tokens
+        return rows, NewWindows(picked, has_memory, tokens, window), ids.view(len(rows), windows, -1), tokens
 
-    def _run(self, input_ids, stretch, *, every_layer=False, depth=None, **options):
+    def _run(self, input_ids, windows, *, every_layer=False, depth=None, **options):
         """(B, W, T) tokens -> list of hidden states (B, W, T, D) of the first `depth` layers, or the last; state."""
         depth = self.config.n_layer if depth is None else depth
-        positions = stretch.positions(input_ids.shape[2], self.config.position_offset).to(input_ids.device)
+        positions = windows.positions(input_ids.shape[2], self.config.position_offset).to(input_ids.device)
         embedded = self.drop(self.wte(input_ids) + self.wpe(positions))
-        form = PooledWalk if self.config.pool_layers else LayerWalk
-        walk = form(self, stretch, depth=depth, every_layer=every_layer, **options)
-        hidden = walk.run(embedded)
+        form = PooledSchedule if self.config.pool_layers else LayerSchedule
+        schedule = form(self, windows, depth=depth, every_layer=every_layer, **options)
+        hidden = schedule.run(embedded)
         hidden = [embedded, *hidden] if every_layer or not hidden else hidden[-1:]
         del embedded
         if depth == self.config.n_layer:
             hidden[-1] = self.ln_f(hidden[-1])
-        return hidden, stretch.next_state(walk.memory, walk.window)
+        return hidden, windows.next_state(schedule.memory, schedule.window)
 
 
 class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, GenerationMixin):  # named: transformers looks

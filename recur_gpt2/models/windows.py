@@ -1,7 +1,7 @@
-"""How a stretch of tokens lies in windows: where each token stands, what it may see, what is left afterwards.
+"""How a block of tokens lies in windows: where each token stands, what it may see, what is left afterwards.
 
-`FreshWindows` reads W windows of each row at once, from their first token on; `ResumedWindows` continues windows that
-are not full. The model runs its layers over either one alike. B rows, W windows, T tokens a window, H heads,
+`NewWindows` are W windows of each row, computed at once from their first token on; `PartialWindows` continues windows
+that are not full. The model runs its layers over either one alike. B rows, W windows, T tokens a window, H heads,
 d = D / H. All decisions are made from Python numbers, taken from the state's counters once: none waits for a GPU, and
 none breaks the graph of torch.compile at every layer.
 """
@@ -19,33 +19,47 @@ from ..ops.softmax import KeyValue, resumed_attention, window_attention
 from .state import RecurState
 
 
-class FreshWindows:
-    """W windows of each of B rows, all read from their first token on.
+class NewWindows:
+    """W windows of each of B rows, all computed from their first token on.
 
     Attributes:
         has_memory: (B, W) bool on the CPU, whether each window continues the one before.
         completed: B numbers, windows of each row that end full.
         filled: B numbers, tokens in each row's unfinished window afterwards.
-        fresh: whether the windows only begin.
+        reads: whether the windows have memory: True, False or, where they differ, (B * W,) bool.
+        are_new: whether the windows only begin.
     """
 
-    fresh = True
+    are_new = True
 
     def __init__(self, state: RecurState, has_memory: Tensor, tokens: Tensor, window: int):
         """`tokens`: (B,) int64, tokens of each row; whatever lies beyond them is padding."""
         self.state, self.has_memory, self.tokens, self.window = state, has_memory, tokens, window
         counts = tokens.tolist()
         self.completed, self.filled = [n // window for n in counts], [n % window for n in counts]
-        self._continues = has_memory.tolist()
+        self._continues, self._numbers = has_memory.tolist(), torch.arange(has_memory.shape[1])
+        self.reads = self._reads()
 
     @property
     def is_padded(self) -> bool:
         """Whether a window that holds tokens has pads behind them."""
         return any(self.filled)
 
-    def reads(self, windows: slice = slice(None)) -> bool | Tensor:
-        """Whether these windows have memory: True, False or, where they differ, (B * W,) bool."""
-        each = [has for row in self._continues for has in row[windows]]
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a row ends in a window that is not full."""
+        return any(self.filled)
+
+    def part(self, windows: slice) -> NewWindows:
+        """Some of the windows, to run some layers over. What they leave is for all of them to say."""
+        part = copy(self)
+        part.has_memory, part._numbers = self.has_memory[:, windows], self._numbers[windows]
+        part._continues = [row[windows] for row in self._continues]
+        part.reads = part._reads()
+        return part
+
+    def _reads(self):
+        each = [continues for row in self._continues for continues in row]
         return each[0] if _alike(each) else torch.tensor(each)
 
     def positions(self, length: int, offset: int) -> Tensor:
@@ -53,16 +67,16 @@ class FreshWindows:
         return torch.arange(length) + offset * self.has_memory[..., None].long()
 
     def pads(self, length: int) -> Tensor:
-        """(B, W, T) bool, places that hold no token."""
-        windows = self.has_memory.shape[1]
-        return (torch.arange(windows * length) >= self.tokens[:, None]).view(-1, windows, length)
+        """(B, W, T) bool, positions that hold no token."""
+        positions = self._numbers[:, None] * length + torch.arange(length)
+        return positions >= self.tokens[:, None, None]
 
     @property
     def read_now(self) -> list[int]:
         """Tokens of each row's unfinished window that are among these."""
         return self.filled
 
-    def with_memory(self, memory: dict[str, Tensor]) -> FreshWindows:
+    def with_memory(self, memory: dict[str, Tensor]) -> NewWindows:
         """The same windows behind another memory, in RecurState's terms."""
         windows = copy(self)
         windows.state = replace(self.state, memory=memory)
@@ -72,27 +86,25 @@ class FreshWindows:
         """(B, W, H, T, d) new keys and values -> those of the windows so far: the same."""
         return key, value
 
-    def attend(self, query, key, value, memory: KeyValue | None, has_memory: bool | Tensor, **options) -> Tensor:
-        """(B, W, H, T, d) each, memory (B, W, H, M, d), has_memory as `reads` tells it -> (B, W, H, T, d)."""
+    def attend(self, query, key, value, memory: KeyValue | None, **options) -> Tensor:
+        """Softmax attention: (B, W, H, T, d) each, memory (B, W, H, M, d) -> (B, W, H, T, d)."""
         flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
         memory = None if memory is None else tuple(tensor.flatten(0, 1) for tensor in memory)
-        return window_attention(*flat, memory, has_memory, **options).view(query.shape)
+        return window_attention(*flat, memory, self.reads, **options).view(query.shape)
 
-    def attend_linearly(
-        self, query, key, value, start: LinearState | None, floor: float, windows: slice = slice(None)
-    ) -> tuple[Tensor, LinearState]:
-        """Linear attention of some of the windows.
+    def attend_linearly(self, query, key, value, start: LinearState | None, floor: float) -> tuple[Tensor, LinearState]:
+        """Linear attention.
 
         Args:
-            query, key: features (B, W', H, T, k).
-            value: (B, W', H, T, d).
-            start: (S, z) before each window's first token here, (B, W', H, k, d) and (B, W', H, k); None for zeros.
+            query, key: features (B, W, H, T, k).
+            value: (B, W, H, T, d).
+            start: (S, z) before each window's first token here, (B, W, H, k, d) and (B, W, H, k); None for zeros.
             floor: least denominator.
 
         Returns:
-            (B, W', H, T, d), and (S, z) after each window's tokens.
+            (B, W, H, T, d), and (S, z) after each window's tokens.
         """
-        mask = ~self.pads(query.shape[3])[:, windows].flatten(0, 1).to(query.device) if self.is_padded else None
+        mask = ~self.pads(query.shape[3]).flatten(0, 1).to(query.device) if self.is_padded else None
         flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
         start = None if start is None else tuple(tensor.flatten(0, 1) for tensor in start)
         out, state = linear_attention(*flat, start, mask=mask, floor=floor)
@@ -102,27 +114,27 @@ class FreshWindows:
         """(B, 1, H, k, d + 1) of the windows so far, S with z beside it; None for windows that only begin."""
         return None
 
-    def front(
-        self, layer: str, memory: KeyValue | None, has_memory: bool | Tensor, slots: int, like: Tensor, count: int
+    def prefix(
+        self, layer: str, memory: KeyValue | None, slots: int, like: Tensor, count: int
     ) -> tuple[Tensor, int | Tensor]:
-        """The `count` places in front of each window's tokens here: memory slots or tokens read, aligned to the end.
+        """The `count` positions before each window's tokens here: memory slots or earlier tokens, aligned to the end.
 
         Args:
-            memory: keys and values (B, W', H, M, d) of windows that begin, or None.
-            slots: M, of windows begun.
-            like: (B, W', H, T, d)
+            memory: keys and values (B, W, H, M, d) of new windows, or None.
+            slots: M, of partial windows.
+            like: (B, W, H, T, d)
 
         Returns:
-            Keys and values (B, W', 2, H, count, d), and how many of the places there are: a number, or (B * W',).
+            Keys and values (B, W, 2, H, count, d), and how many of the positions there are: a number, or (B * W,).
         """
         rows, windows, heads, _, width = like.shape
         if memory is None:
             return like.new_zeros(rows, windows, 2, heads, count, width), 0
         slots = min(count, memory[0].shape[3])
         last = torch.stack(memory, dim=2)[..., memory[0].shape[3] - slots :, :].to(like.dtype)
-        if has_memory is not True:  # what a row does not see must not be in its state either
-            last = last * has_memory.view(rows, windows, 1, 1, 1, 1).to(last.device)
-        return torch.nn.functional.pad(last, (0, 0, count - slots, 0)), slots * has_memory
+        if self.reads is not True:  # what a row does not see must not be in its state either
+            last = last * self.reads.view(rows, windows, 1, 1, 1, 1).to(last.device)
+        return torch.nn.functional.pad(last, (0, 0, count - slots, 0)), slots * self.reads
 
     def last_positions(self, layer: str, key: Tensor, value: Tensor, count: int) -> KeyValue:
         """Keys and values of the last `count` positions of each window, (B, W, H, count, d); of full ones only.
@@ -131,10 +143,9 @@ class FreshWindows:
         """
         return key[..., key.shape[-2] - count :, :], value[..., value.shape[-2] - count :, :]
 
-    def unfinished_tail(self, layer: str, key: Tensor, value: Tensor, count: int) -> Tensor:
-        """(B, W, H, T, d) -> (B, 2, H, count, d) of each row's unfinished window, aligned to the end, zero in front."""
-        index = self._last_begun(key.shape[1])
-        both = torch.stack([_pick(tensor, index) for tensor in (key, value)], dim=1)
+    def tails(self, layer: str, key: Tensor, value: Tensor, count: int) -> Tensor:
+        """(B, W, H, T, d) -> (B, W, 2, H, count, d) of unfinished windows, aligned to the end, zero in front."""
+        both = torch.stack((key, value), dim=2)
         return ending_at(torch.nn.functional.pad(both, (0, 0, count, 0)), self.filled, count)
 
     def next_state(self, memory: dict[str, Tensor], window: dict[str, Tensor]) -> RecurState:
@@ -155,7 +166,14 @@ class FreshWindows:
             before = torch.zeros_like(each[:, 0])
         return _pick(torch.cat((before[:, None], each), dim=1), self.completed)
 
-    def unfinished(self, key: Tensor, value: Tensor) -> Tensor:
+    def unfinished(self, kept: dict[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        """What attention layers kept of each window, (B, W, ...), -> RecurState.window."""
+        return {
+            name: self._unfinished_positions(*each) if len(each) == 2 else self.unfinished_sums(*each)
+            for name, each in kept.items()
+        }
+
+    def _unfinished_positions(self, key: Tensor, value: Tensor) -> Tensor:
         """(B, W, H, T, d) -> (B, 2, H, F, d) of each row's unfinished window, zero beyond its tokens."""
         longest, index = max(self.filled), self._last_begun(key.shape[1])
         kept = torch.stack([_pick(tensor, index)[..., :longest, :] for tensor in (key, value)], dim=1)
@@ -174,10 +192,10 @@ class FreshWindows:
         return [min(completed, windows - 1) for completed in self.completed]
 
 
-class ResumedWindows(FreshWindows):
+class PartialWindows(NewWindows):
     """One window of each row, continued: row b's n tokens stand behind the `state.filled[b]` that it holds. W = 1."""
 
-    fresh = False
+    are_new = False
 
     @property
     def is_padded(self) -> bool:
@@ -192,9 +210,9 @@ class ResumedWindows(FreshWindows):
         return self.new_tokens.tolist()
 
     def positions(self, length: int, offset: int) -> Tensor:
-        places = self.state.filled[:, None, None] + super().positions(length, offset)
+        positions = self.state.filled[:, None, None] + super().positions(length, offset)
         # Padding behind a row's tokens may count past the window: keep it inside the position table.
-        return places.clamp_max(self.window - 1 + offset)
+        return positions.clamp_max(self.window - 1 + offset)
 
     def pads(self, length: int) -> Tensor:
         return (torch.arange(length) >= self.new_tokens[:, None])[:, None]
@@ -209,15 +227,14 @@ class ResumedWindows(FreshWindows):
     def sums(self, layer: str) -> Tensor | None:
         return self.state.window[f"linear.{layer}"][:, None]
 
-    def front(self, layer, memory, has_memory, slots, like, count):
-        return self.state.window[f"tail.{layer}"][:, None], self.state.filled + slots * has_memory
+    def prefix(self, layer, memory, slots, like, count):
+        return self.state.window[f"tail.{layer}"][:, None], self.state.filled + slots * self.reads
 
     def last_positions(self, layer: str, key: Tensor, value: Tensor, count: int) -> KeyValue:
-        tail = self.unfinished_tail(layer, key, value, count)
-        return tail[:, None, 0], tail[:, None, 1]
+        return self.tails(layer, key, value, count).unbind(2)
 
-    def unfinished_tail(self, layer: str, key: Tensor, value: Tensor, count: int) -> Tensor:
-        old, new = self.state.window[f"tail.{layer}"], torch.stack((key[:, 0], value[:, 0]), dim=1)
+    def tails(self, layer: str, key: Tensor, value: Tensor, count: int) -> Tensor:
+        old, new = self.state.window[f"tail.{layer}"][:, None], torch.stack((key, value), dim=2)
         both = torch.cat((old[..., old.shape[-2] - count :, :], new.to(old.dtype)), dim=-2)
         return ending_at(both, self.read_now, count)
 
@@ -230,22 +247,22 @@ class ResumedWindows(FreshWindows):
         room = max(length, max(filled) + new.shape[-2])
         both = old.new_zeros(*old.shape[:-2], room, old.shape[-1])
         both[..., : old.shape[-2], :] = old
-        places = (self.state.filled[:, None] + torch.arange(new.shape[-2])).to(old.device)
-        index = places.view(len(filled), 1, 1, -1, 1).expand_as(new)
+        positions = (self.state.filled[:, None] + torch.arange(new.shape[-2])).to(old.device)
+        index = positions.view(len(filled), 1, 1, -1, 1).expand_as(new)
         return both.scatter(-2, index, new.to(old.dtype))[..., :length, :]
 
-    def attend(self, query, key, value, memory: KeyValue | None, has_memory: bool | Tensor, **options) -> Tensor:
+    def attend(self, query, key, value, memory: KeyValue | None, **options) -> Tensor:
         memory = None if memory is None else tuple(tensor[:, 0] for tensor in memory)
         parts = query[:, 0], key[:, 0], value[:, 0]
-        return resumed_attention(*parts, memory, has_memory, self._filled_before, **options)[:, None]
+        return resumed_attention(*parts, memory, self.reads, self._filled_before, **options)[:, None]
 
 
 def ending_at(tensor: Tensor, ends: list[int], count: int) -> Tensor:
-    """(B, ..., count + n, d) -> (B, ..., count, d): row b's places from `ends[b]` on."""
+    """(B, ..., count + n, d) -> (B, ..., count, d): row b's positions from `ends[b]` on."""
     if _alike(ends):
         return tensor[..., ends[0] : ends[0] + count, :].clone()  # a view would keep what lies around it
-    places = (torch.tensor(ends)[:, None] + torch.arange(count)).to(tensor.device)
-    index = places.view(len(ends), *[1] * (tensor.ndim - 3), count, 1)
+    positions = (torch.tensor(ends)[:, None] + torch.arange(count)).to(tensor.device)
+    index = positions.view(len(ends), *[1] * (tensor.ndim - 3), count, 1)
     return tensor.gather(-2, index.expand(*tensor.shape[:-2], count, tensor.shape[-1]))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..models.schedule import RunLayer
+from ..models.schedule import CallLayer
 from ..models.state import RecurState
 
 KEPT = 8  # states of a segment that are kept; those between them are made once more, by reading on from one
@@ -31,8 +31,8 @@ NOTED = 2
 class Block(Protocol):
     """Some windows: two pure functions of what they are given, of the parameters and of random numbers."""
 
-    def read(self, state: RecurState, run_layer: RunLayer | None = None) -> tuple[Tensor, RecurState]:
-        """The state before -> hidden states, and the state after. Layers are called through `run_layer`, if given."""
+    def read(self, state: RecurState, call_layer: CallLayer | None = None) -> tuple[Tensor, RecurState]:
+        """The state before -> hidden states, and the state after. Layers are called through `call_layer`, if given."""
 
     def loss(self, hidden: Tensor) -> Tensor:
         """Hidden states -> ()."""
@@ -55,31 +55,31 @@ def recomputed(blocks: Sequence[Block], state: RecurState, parameters: Sequence[
         The sum (), and the state after the last block.
     """
     parameters = [each for each in parameters if each.requires_grad]
-    walk = _Walk(blocks, parameters)
+    whole = _Pass(blocks, parameters)
     # The parameter is there for the graph alone: a result that nothing asks a gradient of would have no backward pass.
-    total, *memory = _Recomputed.apply(walk, state, parameters[0], *state.memory.values())
-    return total, replace(walk.after, memory=dict(zip(walk.names, memory, strict=True)))
+    total, *memory = _Recomputed.apply(whole, state, parameters[0], *state.memory.values())
+    return total, replace(whole.after, memory=dict(zip(whole.names, memory, strict=True)))
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, walk, state, *inputs):
-        ctx.walk = walk
+    def forward(ctx, whole, state, *inputs):
+        ctx.whole = whole
         ctx.set_materialize_grads(False)
-        return walk.forward(state)
+        return whole.forward(state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total, *grad_memory):
-        return None, None, None, *ctx.walk.backward(grad_total, grad_memory)
+        return None, None, None, *ctx.whole.backward(grad_total, grad_memory)
 
 
-class _Walk:
-    """One walk through the blocks and back.
+class _Pass:
+    """One pass through the blocks and back.
 
     Attributes:
         after, names: the state after the last block without its memory, and the names of that. The memory itself is
-            of the graph that holds this walk, and would never be freed if this walk held it.
+            of the graph that holds this pass, and would never be freed if this pass held it.
     """
 
     def __init__(self, blocks, parameters):
@@ -118,9 +118,9 @@ class _Walk:
         grad_memory = dict(zip(self.names, grad_memory, strict=True))
         with self._gradients_in_one_place():
             while self.kept:
-                stretch = self._stretch()
-                while stretch:
-                    grad_memory = self._through(*stretch.pop(), grad_total, grad_memory)
+                section = self._section()
+                while section:
+                    grad_memory = self._through(*section.pop(), grad_total, grad_memory)
         return tuple(grad_memory.values())
 
     @contextmanager
@@ -145,25 +145,25 @@ class _Walk:
             return self.blocks[number].read(state)
         notes = self.notes[number] = deque()
 
-        def run_layer(layer, *inputs):
+        def call_layer(layer, *inputs):
             random = self._random()
             outputs = layer(*inputs)
             notes.append((random, outputs))
             return outputs
 
-        return self.blocks[number].read(state, run_layer)
+        return self.blocks[number].read(state, call_layer)
 
-    def _stretch(self):
+    def _section(self):
         """The blocks from the last kept state on: number, state and random state before each."""
         state, random = self.kept.pop()
         first = len(self.kept) * self.spacing
         numbers = range(first, min(first + self.spacing, len(self.blocks)))
-        stretch = [(first, state, random)]
+        section = [(first, state, random)]
         with self._as_forward(random), torch.no_grad():
             for before, number in pairwise(numbers):
                 _, state = self._read(before, state, note=number == numbers[-1] and before not in self.notes)
-                stretch.append((number, state, self._random()))
-        return stretch
+                section.append((number, state, self._random()))
+        return section
 
     def _through(self, number, state, random, grad_total, grad_memory):
         """Back through one block -> gradients of the memory before it, by name."""
@@ -173,11 +173,11 @@ class _Walk:
                 self._read(number, state, note=True)
         block, notes = self.blocks[number], self.notes.pop(number)
 
-        def run_layer(layer, *inputs):
+        def call_layer(layer, *inputs):
             return _Layer.apply(self, layer, *notes.popleft(), self.parameters[0], *inputs)
 
         with self._as_forward(random), torch.enable_grad():
-            hidden, after = block.read(replace(state, memory=given), run_layer)
+            hidden, after = block.read(replace(state, memory=given), call_layer)
             made = [(hidden, None if grad_total is None else block.loss_backward(hidden, grad_total))]
         made += [(after.memory[name], gradient) for name, gradient in grad_memory.items()]
         del hidden, after
@@ -210,9 +210,9 @@ class _Layer(torch.autograd.Function):
     """A layer that was run before: its outputs are known, and it runs again as their gradients come back."""
 
     @staticmethod
-    def forward(ctx, walk, layer, random, outputs, parameter, *inputs):
+    def forward(ctx, whole, layer, random, outputs, parameter, *inputs):
         # The parameter is there for the graph alone, as in `recomputed`.
-        ctx.walk, ctx.layer, ctx.random = walk, layer, random
+        ctx.whole, ctx.layer, ctx.random = whole, layer, random
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         return outputs
@@ -220,7 +220,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        found = ctx.walk.through_layer(ctx.layer, ctx.random, ctx.saved_tensors, gradients)
+        found = ctx.whole.through_layer(ctx.layer, ctx.random, ctx.saved_tensors, gradients)
         return None, None, None, None, None, *found
 
 

@@ -33,7 +33,9 @@ class TransferLoss(nn.Module):
         was_training = self.model.training
         self.model.eval()  # the teacher does not drop anything
         with torch.no_grad():
-            state = self.model.transformer.teach(segment.input_ids, starts, state, lambda *seen: shown.append(seen))
+            state = self.model.transformer.teacher_forward(
+                segment.input_ids, starts, state, lambda *seen: shown.append(seen)
+            )
         self.model.train(was_training)
         # Some layers are shown all windows at once, others one after the other.
         windows = segment.starts.numel() * len(self.model.config.linear_layers)

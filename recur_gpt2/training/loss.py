@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Segment
 from ..models.modeling import RecurGPT2LMHeadModel
-from ..models.schedule import RunLayer
+from ..models.schedule import CallLayer
 from ..models.state import RecurState
 from ..ops.cross_entropy import accumulate_gradients, summed_loss
 from .activation_checkpointing import recomputed
@@ -53,11 +53,11 @@ class _Block:
     starts: Tensor
     sparse: bool = False
 
-    def read(self, state: RecurState, run_layer: RunLayer | None = None) -> tuple[Tensor, RecurState]:
+    def read(self, state: RecurState, call_layer: CallLayer | None = None) -> tuple[Tensor, RecurState]:
         embedding = self.model.get_input_embeddings()
         before, embedding.sparse = embedding.sparse, self.sparse
         try:
-            return self.model.transformer.read(self.input_ids, self.starts, state, run_layer)
+            return self.model.transformer.forward_windows(self.input_ids, self.starts, state, call_layer)
         finally:
             embedding.sparse = before
 

@@ -110,7 +110,7 @@ def test_reading_whole_windows_is_reading_the_document(make_model, form):
     """`read`, which training walks through, and `forward`, which users call."""
     model, ids = make_model(form).transformer, random_ids(3, 5 * WINDOW)
     whole = model(ids)
-    hidden, state = model.read(ids.view(3, 5, WINDOW), torch.zeros(3, 5, dtype=torch.bool))
+    hidden, state = model.forward_windows(ids.view(3, 5, WINDOW), torch.zeros(3, 5, dtype=torch.bool))
     assert_close(hidden.flatten(1, 2), whole.last_hidden_state)
     assert_same_state(state, whole.state)
 
@@ -121,11 +121,11 @@ def test_documents_side_by_side_in_a_lane_do_not_know_of_each_other(make_model, 
     model = make_model(form).transformer
     ids = random_ids(2, 6, WINDOW)
     starts = torch.tensor([[True, False, True, False, False, True], [False, True, True, False, True, False]])
-    _, earlier = model.read(random_ids(2, 2, WINDOW, seed=1), torch.zeros(2, 2, dtype=torch.bool))
+    _, earlier = model.forward_windows(random_ids(2, 2, WINDOW, seed=1), torch.zeros(2, 2, dtype=torch.bool))
     for size in (1, 2, 6):
         state, hidden = earlier, []
         for piece, flags in zip(ids.split(size, dim=1), starts.split(size, dim=1), strict=True):
-            out, state = model.read(piece, flags, state)
+            out, state = model.forward_windows(piece, flags, state)
             hidden.append(out)
         hidden = torch.cat(hidden, dim=1)
         for row, borders in ((0, (0, 2, 5, 6)), (1, (1, 2, 4, 6))):

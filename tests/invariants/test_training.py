@@ -94,7 +94,7 @@ def test_gradients_do_not_cross_into_another_document(make_model, embedded, form
     model = make_model(form)
     seen = embedded(model)
     starts = torch.tensor([[True, False, True, False]])
-    hidden, _ = model.transformer.read(random_ids(1, 4, WINDOW), starts)
+    hidden, _ = model.transformer.forward_windows(random_ids(1, 4, WINDOW), starts)
     (gradient,) = torch.autograd.grad((hidden[:, -1] ** 2).sum(), seen)
     assert not gradient[:, :2].any()
     assert gradient[:, 2].any() == ("sinks only" not in form)

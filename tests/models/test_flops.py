@@ -74,7 +74,7 @@ def read_window(model, state):
     """One full window, with the memory of the one before if there is one, and its logits. -> logits, next state"""
     ids = torch.randint(1, model.config.vocab_size, (2, 1, model.config.window))
     starts = torch.full((2, 1), state is None)
-    hidden, state = model.transformer.read(ids, starts, state)
+    hidden, state = model.transformer.forward_windows(ids, starts, state)
     return model.lm_head(hidden), state
 
 
@@ -133,7 +133,7 @@ def test_training_takes_three_times_as_many(options):
         """Memory comes from the window before, in the same graph, as within a segment."""
         ids = torch.randint(1, model.config.vocab_size, (2, 4, model.config.window))
         starts = torch.zeros(2, 4, dtype=torch.bool)
-        hidden, _ = model.transformer.read(ids, starts, state.detach())
+        hidden, _ = model.transformer.forward_windows(ids, starts, state.detach())
         summed_loss(hidden, model.lm_head.weight, ids).backward()
 
     flops = counted(step) / (8 * model.config.window)
@@ -158,7 +158,7 @@ def test_several_windows_at_once_take_no_more():
 
     def read():
         ids = torch.randint(1, 256, (2, 8, model.config.window))
-        model.lm_head(model.transformer.read(ids, torch.zeros(2, 8, dtype=torch.bool), state)[0])
+        model.lm_head(model.transformer.forward_windows(ids, torch.zeros(2, 8, dtype=torch.bool), state)[0])
 
     assert flops_per_token(model.config) == pytest.approx(counted(read) / (16 * model.config.window), rel=0.01)
 

@@ -61,10 +61,10 @@ def test_counters_are_the_documents_length_in_windows_and_tokens(model):
 def test_counters_begin_anew_with_a_document_inside_a_segment(model):
     starts = torch.tensor([[True, False, False], [True, False, True], [True, True, False]])
     ids = random_ids(3, 3, WINDOW)
-    _, state = model.transformer.read(ids, starts)
+    _, state = model.transformer.forward_windows(ids, starts)
     assert state.windows.tolist() == [3, 1, 2]
     starts = torch.tensor([[False, False, False], [False, True, False], [True, False, False]])
-    _, state = model.transformer.read(ids, starts, state)
+    _, state = model.transformer.forward_windows(ids, starts, state)
     assert state.windows.tolist() == [6, 2, 3]
 
 
@@ -99,7 +99,7 @@ def test_a_state_is_never_changed_in_place(model):
     before = {name: tensor.clone() for name, tensor in tensors(state).items()}
     for mask in (None, torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])):
         model(random_ids(3, 4), attention_mask=mask, state=state)
-    model.transformer.read(random_ids(3, 2, WINDOW), torch.ones(3, 2, dtype=torch.bool), state)
+    model.transformer.forward_windows(random_ids(3, 2, WINDOW), torch.ones(3, 2, dtype=torch.bool), state)
     state.merge(torch.tensor([1]), state.select([0]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(state).items())
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -61,8 +61,8 @@ def test_the_loss_is_the_mean_divergence_of_the_heads_with_memory_among_the_keys
                 each.append(divergence_naively(block, query[row, window], keys, slots))
         found.setdefault(block.attn.layer_idx, []).append(torch.stack(each).mean())  # of all windows, or of one
 
-    earlier = model.transformer.teach(make_segment(seed=1).input_ids, segment.starts, None, lambda *_: None)
-    model.transformer.teach(segment.input_ids, segment.starts, earlier, teach)
+    earlier = model.transformer.teacher_forward(make_segment(seed=1).input_ids, segment.starts, None, lambda *_: None)
+    model.transformer.teacher_forward(segment.input_ids, segment.starts, earlier, teach)
     assert sorted(found) == model.config.linear_layers
     expected = torch.stack([torch.stack(each).mean() for each in found.values()]).mean()
     for weights in (2**22, 300):  # all at once, and row by row
@@ -80,8 +80,8 @@ def test_the_teacher_is_the_model_before_conversion(gpt2_folder, make_model):
     weights = {name: tensor for name, tensor in converted.state_dict().items() if not is_feature_map(name)}
     softmax.load_state_dict(weights)
     segment = make_segment()
-    taught = converted.transformer.teach(segment.input_ids, segment.starts, None, lambda *_: None)
-    _, expected = softmax.transformer.read(segment.input_ids, segment.starts)
+    taught = converted.transformer.teacher_forward(segment.input_ids, segment.starts, None, lambda *_: None)
+    _, expected = softmax.transformer.forward_windows(segment.input_ids, segment.starts)
     for name, tensor in expected.memory.items():
         assert_close(taught.memory[name], tensor)
 
