@@ -35,20 +35,11 @@ from ..training.trainer import Trainer
 from ..utils.allocator import release_memory
 from ..utils.device import checked_device
 from ..utils.files import atomic_write_text, clear_unfinished, settings_file
-from .evaluate import CONTROLS, PARALLEL_WINDOWS, Evaluation, evaluate, gap_covered_interval
+from .evaluate import PARALLEL_WINDOWS, Evaluation, evaluate, gap_covered_interval
+from .protocols import ROWS, obstacle
 from .report import gap_covered, write_report
-from .scoring import by_document, evaluation_documents, obstacle
+from .scoring import by_document, evaluation_documents
 
-ROW_ORDER = (
-    "base_disjoint",
-    "base_overlap",
-    "finetuned_disjoint",
-    "finetuned_overlap",
-    "recurrent",
-    "recurrent_overlap",
-    "recurrent_zeroed",
-    "recurrent_shuffled",
-)
 FINETUNED = {"recurrent": "recurrent", "finetuned": "disjoint"}  # how its rows' names begin: a model's folder
 PACKAGES = ("recur-gpt2", "torch", "transformers", "datasets", "accelerate", "tokenizers")
 
@@ -78,7 +69,7 @@ class ExperimentArguments:
     control: bool = True
     """Finetune and score the disjoint control too."""
     rows: list[str] | None = None
-    """Rows to score, of ROW_ORDER; None: all."""
+    """Rows to score, of ROWS; None: all."""
     device: str = "auto"
     """"auto", "cpu" or "cuda"."""
     resume: bool = False
@@ -87,9 +78,9 @@ class ExperimentArguments:
     def __post_init__(self):
         self.output_dir = Path(self.output_dir)
         self.device = checked_device(self.device)
-        unknown = [row for row in self.rows or () if row not in ROW_ORDER]
+        unknown = [row for row in self.rows or () if row not in ROWS]
         if unknown:
-            raise InputError(f"row {unknown[0]!r} is not known; use some of {', '.join(ROW_ORDER)}")
+            raise InputError(f"row {unknown[0]!r} is not known; use some of {', '.join(ROWS)}")
         check_range(2, eval_tokens=self.eval_tokens)
 
 
@@ -152,9 +143,9 @@ def _check_model(args):
 def _check_rows(args, recurrent, documents):
     """Refuse rows that were asked for and cannot be had."""
     for row in args.rows or ():
-        if row.startswith("finetuned") and not args.control:
+        if ROWS[row].model == "finetuned" and not args.control:
             raise InputError(f"row {row!r} is of the finetuned GPT-2, which --no-control leaves out; leave out one")
-        why = obstacle(_control_of(row), recurrent, documents) if _control_of(row) else None
+        why = _obstacle(row, recurrent, documents)
         if why:
             raise InputError(f"row {row!r} {why}, or leave it out")
 
@@ -238,10 +229,9 @@ def _evaluate_all(args, documents, tokenizer) -> dict[str, Evaluation]:
 
 def _rows_of(args, name, documents):
     """Rows to score of a model: apart, overlapping and, with recurrence, the controls."""
-    rows = [row for row in ROW_ORDER if row.startswith(name) and (args.rows is None or row in args.rows)]
+    wanted = [row for row in ROWS if ROWS[row].model == name and (args.rows is None or row in args.rows)]
     recurrent = name == "recurrent" and load_config(_saved(args, name)).is_recurrent
-    controls = [row for row in rows if _control_of(row)]
-    return [row for row in rows if row not in controls or not obstacle(_control_of(row), recurrent, len(documents))]
+    return [row for row in wanted if not _obstacle(row, recurrent, len(documents))]
 
 
 @_alone
@@ -254,8 +244,7 @@ def _evaluate_rows(args, name, rows, documents, tokenizer):
             model,
             documents,
             tokenizer,
-            protocol=protocol_of(row),
-            control=_control_of(row),
+            protocol=ROWS[row].protocol.name,
             lanes=args.training.lanes,
             parallel_windows=min(PARALLEL_WINDOWS, args.training.block),  # no more than finetuning had room for
             dtype=torch.bfloat16 if args.training.precision == "bfloat16" else None,
@@ -266,8 +255,8 @@ def _evaluate_rows(args, name, rows, documents, tokenizer):
 
 
 def _results(args, evaluations, training, processes):
-    names = [name for name in ROW_ORDER if name in evaluations]
-    rows = [evaluations[name].row(name, protocol_of(name), args.window) for name in names]
+    names = [name for name in ROWS if name in evaluations]
+    rows = [evaluations[name].row(name, ROWS[name].protocol.reported, args.window) for name in names]
     covered = gap_covered(rows)
     if covered is not None:
         row = next(row for row in rows if row["name"] == "recurrent")
@@ -285,14 +274,7 @@ def _results(args, evaluations, training, processes):
     }
 
 
-def protocol_of(row: str) -> str:
-    """The protocol behind a row's name."""
-    if row == "recurrent_overlap":
-        return "recurrent+overlap"
-    return "recurrent" if row.startswith("recurrent") else row.split("_")[1]
-
-
-def _control_of(row):
-    """The control behind a row's name, or None."""
-    control = row.removeprefix("recurrent_")
-    return control if control in CONTROLS else None
+def _obstacle(row, recurrent, documents):
+    """Why a control cannot be scored, or None. Other rows always can: without recurrence they read windows apart."""
+    protocol = ROWS[row].protocol
+    return obstacle(protocol, recurrent, documents) if protocol.control_of else None

@@ -29,9 +29,8 @@ from ..models.state import RecurState
 from ..ops.cross_entropy import token_losses
 from ..utils.measure import Meter
 from ..utils.tensors import IGNORE_INDEX
+from .protocols import PROTOCOLS
 
-PROTOCOLS = ("disjoint", "overlap", "recurrent", "recurrent+overlap")
-CONTROLS = ("zeroed", "shuffled")
 RESAMPLES = 2000
 PARALLEL_WINDOWS = 4  # of a document computed at once: enough on a CPU (docs/performance.md)
 
@@ -120,7 +119,6 @@ def evaluate(
     tokenizer,
     *,
     protocol: str,
-    control: str | None = None,
     lanes: int = 8,
     parallel_windows: int = PARALLEL_WINDOWS,
     dtype: torch.dtype | None = None,
@@ -132,25 +130,24 @@ def evaluate(
         documents: token ids (n,) each, n >= 2.
         tokenizer: to count words and bytes of the texts that the ids stand for.
         protocol: one of PROTOCOLS.
-        control: None, or one of CONTROLS, with protocol="recurrent".
         lanes: documents read side by side.
         parallel_windows: P, windows of a document computed at once.
         dtype: run under autocast to this type.
         progress: show a bar.
 
     Raises:
-        InputError: an unknown protocol or control, no documents, or one with nothing to predict.
+        InputError: an unknown protocol, no documents, or one with nothing to predict.
     """
     documents = list(documents)
-    _check(documents, protocol, control)
+    how = _checked(documents, protocol)
     reader = _Reader(model, lanes, parallel_windows, dtype, progress)
     window = model.config.window
-    recurrent = protocol.startswith("recurrent") and control != "zeroed"
     with Meter(model) as measured:
-        losses = reader.shuffled(documents) if control == "shuffled" else reader.read(documents, recurrent)
+        losses = reader.shuffled(documents) if how.other_documents else reader.read(documents, how.recurrent)
         places = [np.arange(len(each)) % window for each in losses]
-        if protocol.endswith("overlap"):
-            later = reader.read([tokens[window // 2 :] for tokens in documents if _overlaps(tokens, window)], recurrent)
+        if how.passes == 2:
+            halves = [tokens[window // 2 :] for tokens in documents if _overlaps(tokens, window)]
+            later = reader.read(halves, how.recurrent)
             losses, places = _merge(losses, later, documents, window)
             # A document's first window is the only one scored in its first half: too few tokens to show by place.
             places = [np.where(place < window // 2, window, place) for place in places]
@@ -162,24 +159,22 @@ def evaluate(
         bytes=np.array([len(text.encode()) for text in texts]),
         by_position=_mean_by_position(losses, places, window),
         tokens_read=reader.tokens,
-        flops_per_token=reader.flops(memory=recurrent) / scored,
+        flops_per_token=reader.flops(memory=how.recurrent) / scored,
         seconds=measured.seconds,
         peak_memory_bytes=measured.peak_memory_bytes,
     )
 
 
-def _check(documents, protocol, control):
+def _checked(documents, protocol):
+    """The protocol of that name, if it can be scored on these."""
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol={protocol!r} is not known; use one of {', '.join(PROTOCOLS)}")
-    if control is not None and (control not in CONTROLS or protocol != "recurrent"):
-        raise InputError(
-            f"control={control!r} with protocol={protocol!r} is not known; controls of recurrent: {CONTROLS}"
-        )
     if not documents:
         raise InputError("there are no documents to evaluate; give at least one")
     short = next((n for n, tokens in enumerate(documents) if len(tokens) < 2), None)
     if short is not None:
         raise InputError(f"document {short} has {len(documents[short])} tokens; at least 2 are needed to predict one")
+    return PROTOCOLS[protocol]
 
 
 class _Reader:
@@ -212,7 +207,7 @@ class _Reader:
             hidden, state = self._hidden(segment, starts, state)
             return hidden
 
-        return self._walk(documents, self.parallel_windows, step)
+        return self._losses(documents, self.parallel_windows, step)
 
     def shuffled(self, documents):
         """The same, each window with the memory that another lane's last full window left.
@@ -220,7 +215,7 @@ class _Reader:
         Memory is made by a true reading of each document beside the scored one, so that only its owner is wrong.
         """
         if len(documents) < 2:
-            raise InputError("a shuffled state needs at least 2 documents; give more, or leave this control out")
+            raise InputError("a shuffled state needs at least 2 documents; give more, or leave this protocol out")
         self.lanes = max(2, self.lanes)  # a single lane would be its own neighbour
         lanes = min(self.lanes, len(documents))
         true = RecurState.empty(lanes)
@@ -234,14 +229,14 @@ class _Reader:
             true = true.merge(full, after.select(full))
             return hidden
 
-        return self._walk(documents, 1, step)
+        return self._losses(documents, 1, step)
 
     def _hidden(self, segment, starts, state):
         self.tokens += segment.scored
         return self.model.transformer.forward_windows(segment.input_ids, starts, state)
 
     @torch.no_grad()  # in inference mode autocast would cast all weights again at every reading
-    def _walk(self, documents, windows, step):
+    def _losses(self, documents, windows, step):
         was_training = self.model.training
         self.model.eval()
         order = sorted(range(len(documents)), key=lambda n: -len(documents[n]))

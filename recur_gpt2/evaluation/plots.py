@@ -14,13 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from ..utils.files import atomic_path
+from .protocols import ROWS
 
 DPI = 150
 WIDTH = 9.0  # inches
 LABEL_GAP = 0.12  # least distance of two labels at line ends (two lines each), as a share of the axes' height
-
-# Okabe and Ito's palette: told apart with every common kind of colour blindness.
-BLACK, BLUE, SKY, VERMILLION, PURPLE = "#000000", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7"
 
 
 @dataclass(frozen=True)
@@ -34,14 +32,8 @@ class RowStyle:
 
 
 ROW_STYLES = {
-    "base_disjoint": RowStyle("GPT-2, windows apart", BLACK),
-    "base_overlap": RowStyle("GPT-2, overlapping windows (2x compute)", BLACK, "--", doubled=True),
-    "finetuned_disjoint": RowStyle("finetuned, windows apart", BLUE),
-    "finetuned_overlap": RowStyle("finetuned, overlapping windows (2x compute)", SKY, "--", doubled=True),
-    "recurrent": RowStyle("with recurrence", VERMILLION),
-    "recurrent_overlap": RowStyle("with recurrence, overlapping windows (2x compute)", VERMILLION, "--", doubled=True),
-    "recurrent_zeroed": RowStyle("with recurrence, state removed", PURPLE, ":"),
-    "recurrent_shuffled": RowStyle("with recurrence, another document's state", PURPLE, "-."),
+    name: RowStyle(row.label, row.color, row.protocol.line, doubled=row.protocol.passes == 2)
+    for name, row in ROWS.items()
 }
 
 

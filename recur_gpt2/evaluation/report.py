@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from ..utils.files import atomic_write_text
-from .plots import ROW_STYLES, plot_loss_by_position, plot_protocols, plot_training, setting_line
+from .plots import plot_loss_by_position, plot_protocols, plot_training, setting_line
+from .protocols import ROWS
 
 MISSING = "-"
 MEBI = 2**20
@@ -21,15 +22,6 @@ PICTURES = {
     "protocols.png": (plot_protocols, "Token perplexity by row"),
     "loss_by_position.png": (plot_loss_by_position, "Loss by position in the window"),
     "training.png": (plot_training, "Training loss"),
-}
-
-# What each row without overlap reads with, for the report's first sentence.
-READINGS = {
-    "base_disjoint": "GPT-2 as it is",
-    "finetuned_disjoint": "the same GPT-2 finetuned without recurrence on the same tokens and steps",
-    "recurrent": "GPT-2 finetuned with recurrence",
-    "recurrent_zeroed": "that model with its state removed",
-    "recurrent_shuffled": "that model with another document's state",
 }
 
 
@@ -119,7 +111,7 @@ def pipe_table(columns, rows, *, numbers=0):
 
 
 def row_label(row):
-    return ROW_STYLES[row["name"]].label if row["name"] in ROW_STYLES else row["name"]
+    return ROWS[row["name"]].label if row["name"] in ROWS else row["name"]
 
 
 def bullets(items):
@@ -129,10 +121,10 @@ def bullets(items):
 def compared(rows):
     """What the table compares, and a warning should the rows not be of the same tokens."""
     names = {row["name"] for row in rows}
-    readings = "; ".join(reading for name, reading in READINGS.items() if name in names)
+    readings = "; ".join(row.reads for name, row in ROWS.items() if row.reads and name in names)
     counts = sorted({row["tokens"] for row in rows})
     text = f"Compared on {counts[0] if counts else 0:,} tokens: {readings or 'nothing'}."
-    if any(name.endswith("_overlap") for name in names):
+    if any(name in ROWS and ROWS[name].protocol.passes == 2 for name in names):
         text += " Overlapping windows advance by half a window, at twice the computation."
     if len(counts) > 1:
         text += f" Not every row scored the same tokens (up to {counts[-1]:,}): they are not strictly comparable."

@@ -13,7 +13,8 @@ from ..models.hub import load_tokenizer
 from ..models.loading import load_any
 from ..training.precision import autocast_dtype
 from ..utils.device import checked_device
-from .evaluate import CONTROLS, PARALLEL_WINDOWS, PROTOCOLS, Evaluation, evaluate
+from .evaluate import PARALLEL_WINDOWS, Evaluation, evaluate
+from .protocols import PROTOCOLS, obstacle
 
 
 def evaluate_model(
@@ -30,11 +31,11 @@ def evaluate_model(
     precision: str = "auto",
     device: str = "auto",
 ) -> dict:
-    """Score documents with one model, by each protocol and control named.
+    """Score documents with one model, by each protocol named.
 
     Args:
         split: as `load_corpus` takes it: "all" reads data without splits of its own whole.
-        protocols: of PROTOCOLS and CONTROLS; None: all that this model and these documents allow.
+        protocols: of PROTOCOLS; None: all that this model and these documents allow.
 
     Returns:
         {"rows", "loss_by_document", "tokens_by_document"} as in results.json, and "split_rule", how the split was made
@@ -50,7 +51,7 @@ def evaluate_model(
     model = load_any(name_or_path, window, recurrence).to(device)
     corpus = load_corpus(data, split, tokenizer)
     documents = evaluation_documents(corpus, eval_tokens)
-    obstacles = {name: obstacle(name, model.config.is_recurrent, len(documents)) for name in (*PROTOCOLS, *CONTROLS)}
+    obstacles = {name: obstacle(each, model.config.is_recurrent, len(documents)) for name, each in PROTOCOLS.items()}
     for name in protocols or ():
         if name not in obstacles:
             raise InputError(f"protocol {name!r} is not known; use some of {', '.join(obstacles)}")
@@ -58,32 +59,12 @@ def evaluate_model(
             raise InputError(f"protocol {name!r} {obstacles[name]}, or leave it out")
     possible = [name for name, why in obstacles.items() if why is None]
     dtype = autocast_dtype(model, precision, training=False)
-    protocol_of = {name: "recurrent" if name in CONTROLS else name for name in protocols or possible}
+    options = {"lanes": lanes, "parallel_windows": parallel_windows, "dtype": dtype, "progress": True}
     evaluations = {
-        name: evaluate(
-            model,
-            documents,
-            tokenizer,
-            protocol=protocol,
-            control=name if name in CONTROLS else None,
-            lanes=lanes,
-            parallel_windows=parallel_windows,
-            dtype=dtype,
-            progress=True,
-        )
-        for name, protocol in protocol_of.items()
+        name: evaluate(model, documents, tokenizer, protocol=name, **options) for name in protocols or possible
     }
-    rows = [each.row(name, protocol_of[name], model.config.window) for name, each in evaluations.items()]
+    rows = [each.row(name, PROTOCOLS[name].reported, model.config.window) for name, each in evaluations.items()]
     return {"rows": rows, **by_document(evaluations), "split_rule": corpus.split_rule}
-
-
-def obstacle(protocol: str, recurrent: bool, documents: int) -> str | None:
-    """Why a protocol or control cannot be scored with such a model on so many documents; None if it can."""
-    if protocol not in ("disjoint", "overlap") and not recurrent:
-        return "needs a recurrence, which this model has not; give one that has (--recurrence default)"
-    if protocol == "shuffled" and documents < 2:
-        return f"needs another document's state, and there is only {documents}; give two documents or more"
-    return None
 
 
 def by_document(evaluations: Mapping[str, Evaluation]) -> dict:

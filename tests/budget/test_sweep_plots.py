@@ -19,7 +19,8 @@ from recur_gpt2.budget.sweep.plots import (
     staircase,
     write_plots,
 )
-from recur_gpt2.evaluation.plots import BLUE, DPI, WIDTH, new_figure
+from recur_gpt2.evaluation.plots import DPI, WIDTH, new_figure
+from recur_gpt2.evaluation.protocols import BLUE
 
 SETTINGS = {"model": "models/gpt2", "data": "pg19", "task": "score"}
 FILES = sorted(f"{name}{suffix}.png" for name in PICTURES for suffix in ("", "@2x"))

@@ -169,8 +169,8 @@ def test_the_recurrent_model_gains_from_its_own_document_and_from_no_other():
     texts = [text.as_py()[50_000:70_000] for text in table("pg19-sample", "test")["text"][:6]]
     documents = [np.array(tokenizer(text)["input_ids"][:2048]) for text in texts]
     nats = {
-        name: evaluate(model, documents, tokenizer, protocol="recurrent", control=control).nats
-        for name, control in (("own", None), ("zeroed", "zeroed"), ("shuffled", "shuffled"))
+        name: evaluate(model, documents, tokenizer, protocol=protocol).nats
+        for name, protocol in (("own", "recurrent"), ("zeroed", "zeroed"), ("shuffled", "shuffled"))
     }
     assert nats["own"] < nats["zeroed"] - 0.03
     assert nats["zeroed"] < nats["shuffled"]

@@ -15,8 +15,9 @@ from transformers import GPT2LMHeadModel
 
 from recur_gpt2 import RecurGPT2LMHeadModel
 from recur_gpt2.evaluation import comparison
-from recur_gpt2.evaluation.comparison import ROW_ORDER, ExperimentArguments, protocol_of, run_experiment
+from recur_gpt2.evaluation.comparison import ExperimentArguments, run_experiment
 from recur_gpt2.evaluation.evaluate import evaluate
+from recur_gpt2.evaluation.protocols import ROWS
 from recur_gpt2.training.arguments import TrainingArguments
 from recur_gpt2.training.trainer import Trainer
 
@@ -150,7 +151,7 @@ def test_a_model_that_no_row_is_wanted_of_is_not_loaded(options, loaded, argumen
     before(monkeypatch, comparison, "load_any", lambda folder, *_: found.append(Path(folder)))
     results = run_experiment(args)
     assert [(folder.parent if folder.name == "model" else folder).name for folder in found] == loaded
-    assert {row["name"] for row in results["rows"]} <= set(options.get("rows", ROW_ORDER))
+    assert {row["name"] for row in results["rows"]} <= set(options.get("rows", ROWS))
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -179,12 +180,9 @@ def test_rows_are_those_of_the_models_that_were_finetuned(kind, models, argument
     rows = {row["name"]: row for row in run_experiment(args)["rows"]}
     base = RecurGPT2LMHeadModel.from_gpt2(models["gpt2"], window=16, recurrence="none")
     held = {"base": base, "finetuned": kept["disjoint"], "recurrent": kept["recurrent"]}
-    assert sorted(rows) == sorted(ROW_ORDER)
+    assert sorted(rows) == sorted(ROWS)
     for name, row in rows.items():
-        control = name.split("_")[1] if name in ("recurrent_zeroed", "recurrent_shuffled") else None
-        wanted = evaluate(
-            held[name.split("_")[0]], *scored, protocol=protocol_of(name), control=control, lanes=args.training.lanes
-        )
+        wanted = evaluate(held[ROWS[name].model], *scored, protocol=ROWS[name].protocol.name, lanes=args.training.lanes)
         assert row["nats"] == wanted.nats, name
     assert len({row["nats"] for row in rows.values()}) == len(rows), "each of its own"
 

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from recur_gpt2.errors import InputError
-from recur_gpt2.evaluation.evaluate import CONTROLS, PROTOCOLS, Evaluation, evaluate, gap_covered_interval
+from recur_gpt2.evaluation.evaluate import Evaluation, evaluate, gap_covered_interval
+from recur_gpt2.evaluation.protocols import PROTOCOLS
 from recur_gpt2.models.flops import flops_per_token
 
 T, HALF = WINDOW, WINDOW // 2
 LENGTHS = (50, 2, 9, 41, 8, 16, 17, 3, 33)  # below, at and beyond whole windows
 DOCUMENTS = random_documents(LENGTHS)
-PLANS = [(protocol, None) for protocol in PROTOCOLS] + [("recurrent", control) for control in CONTROLS]
-every_plan = pytest.mark.parametrize(("protocol", "control"), PLANS, ids=["-".join(filter(None, p)) for p in PLANS])
+WITHOUT_CONTROLS = [name for name, protocol in PROTOCOLS.items() if not protocol.control_of]
 kinds = pytest.mark.parametrize("kind", RECURRENCES)
 
 
@@ -160,7 +160,7 @@ def test_recurrent_overlap_scores_each_token_in_the_reading_with_more_in_front(k
 
 @kinds
 def test_zeroed_is_disjoint_with_the_same_weights(kind, models):
-    zeroed, disjoint = score(models[kind], control="zeroed"), score(models[kind], protocol="disjoint")
+    zeroed, disjoint = score(models[kind], protocol="zeroed"), score(models[kind], protocol="disjoint")
     assert_losses(zeroed.losses, disjoint.losses)
     assert zeroed.flops_per_token == disjoint.flops_per_token
 
@@ -168,13 +168,13 @@ def test_zeroed_is_disjoint_with_the_same_weights(kind, models):
 @kinds
 @pytest.mark.parametrize("lanes", [2, 3, 9])
 def test_shuffled_makes_memory_truly_and_gives_it_to_another(kind, lanes, models):
-    found = score(models[kind], control="shuffled", lanes=lanes)
+    found = score(models[kind], protocol="shuffled", lanes=lanes)
     assert_losses(found.losses, plain_shuffled(models[kind], DOCUMENTS, lanes))
 
 
 def test_shuffled_never_gives_a_document_its_own_memory(models):
     """Even with one lane asked for: there must be another one to take memory from."""
-    alone = score(models["last"], control="shuffled", lanes=1)
+    alone = score(models["last"], protocol="shuffled", lanes=1)
     assert_losses(alone.losses, plain_shuffled(models["last"], DOCUMENTS, 2))
     true = score(models["last"], lanes=1)
     for tokens, left, right in zip(DOCUMENTS, alone.losses, true.losses, strict=True):
@@ -186,13 +186,13 @@ def test_shuffled_never_gives_a_document_its_own_memory(models):
 @kinds
 def test_memory_matters_to_these_models(kind, models):
     """Else the tests above would compare nothing."""
-    true, zeroed, shuffled = (score(models[kind], control=control) for control in (None, *CONTROLS))
+    true, zeroed, shuffled = (score(models[kind], protocol=name) for name in ("recurrent", "zeroed", "shuffled"))
     for left, right in ((true, zeroed), (true, shuffled), (zeroed, shuffled)):
         assert not np.allclose(np.concatenate(left.losses), np.concatenate(right.losses), rtol=1e-2)
 
 
 @kinds
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", WITHOUT_CONTROLS)
 def test_losses_depend_neither_on_lanes_nor_on_parallel_windows(kind, protocol, models):
     one = score(models[kind], protocol=protocol, lanes=1, parallel_windows=1)
     for lanes, parallel_windows in ((1, 3), (4, 1), (4, 2), (20, 9)):
@@ -206,13 +206,12 @@ def test_losses_depend_neither_on_lanes_nor_on_parallel_windows(kind, protocol, 
     lengths=st.lists(st.integers(2, 40), min_size=2, max_size=5),
     lanes=st.integers(1, 4),
     parallel_windows=st.integers(1, 4),
-    plan=st.sampled_from(PLANS),
+    protocol=st.sampled_from(list(PROTOCOLS)),
     window=st.sampled_from([2, 5, 8]),
 )
-def test_every_token_but_a_documents_first_is_scored_exactly_once(lengths, lanes, parallel_windows, plan, window):
+def test_every_token_but_a_documents_first_is_scored_exactly_once(lengths, lanes, parallel_windows, protocol, window):
     model = tiny_model(window=window, last_slots=1, n_layer=1)
-    protocol, control = plan
-    options = {"control": control, "lanes": lanes, "parallel_windows": parallel_windows}
+    options = {"lanes": lanes, "parallel_windows": parallel_windows}
     found = score(model, random_documents(lengths), protocol, **options)
     assert [len(losses) for losses in found.losses] == [length - 1 for length in lengths]
     losses = np.concatenate(found.losses)
@@ -243,16 +242,16 @@ def test_shuffled_reads_every_token_twice_and_predicts_it_once(models):
     """As torch counts it, too: long documents, since only a first window reads no memory."""
     config, documents = models["last"].config, random_documents([60 * T + 1] * 2)
     counted = {}
-    for control in (None, "shuffled"):
-        found = score(models["last"], documents, control=control)
+    for protocol in ("recurrent", "shuffled"):
+        found = score(models["last"], documents, protocol=protocol)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused, it would count as none
-            score(models["last"], documents, control=control, parallel_windows=1)
-        counted[control] = counter.get_total_flops() / (2 * 60 * T)
-        assert found.flops_per_token == pytest.approx(counted[control], rel=0.01)
+            score(models["last"], documents, protocol=protocol, parallel_windows=1)
+        counted[protocol] = counter.get_total_flops() / (2 * 60 * T)
+        assert found.flops_per_token == pytest.approx(counted[protocol], rel=0.01)
     assert found.tokens_read == 2 * 2 * 60 * T
     head = 2 * config.n_embd * config.vocab_size
     assert found.flops_per_token == pytest.approx(2 * flops_per_token(config) - head)
-    assert counted["shuffled"] > 1.5 * counted[None]
+    assert counted["shuffled"] > 1.5 * counted["recurrent"]
 
 
 def test_autocast_casts_weights_once_for_a_whole_document(models):
@@ -280,12 +279,12 @@ def test_autocast_to_bfloat16_scores_nearly_the_same(models):
     assert rough.nats != exact.nats
 
 
-@every_plan
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_as_it_was(protocol, control, training):
+def test_the_model_is_left_as_it_was(protocol, training):
     model = tiny_model(dropout=0.5).train(training)
     randomness = torch.get_rng_state()
-    one, two = (score(model, protocol=protocol, control=control) for _ in range(2))
+    one, two = (score(model, protocol=protocol) for _ in range(2))
     assert_losses(one.losses, two.losses)  # no dropout
     assert model.training is training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -350,7 +349,7 @@ def test_a_word_perplexity_beyond_any_float_is_infinite():
     assert huge.row("", "disjoint", 8)["word_ppl"] == math.inf
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", WITHOUT_CONTROLS)
 def test_by_position_is_the_mean_by_place_in_the_window_that_scored(protocol, models):
     found = score(models["last"], protocol=protocol)
     places = [[] for _ in range(T)]
@@ -444,9 +443,7 @@ def test_the_covered_gap_of_a_third_is_a_third():
             {"protocol": "strided"},
             "protocol='strided' is not known; use one of disjoint, overlap, recurrent",
         ),
-        (DOCUMENTS, {"control": "swapped"}, "control='swapped' with protocol='recurrent' is not known"),
-        (DOCUMENTS, {"control": "zeroed", "protocol": "disjoint"}, "control='zeroed' with protocol='disjoint' is not"),
-        (DOCUMENTS[:1], {"control": "shuffled"}, "a shuffled state needs at least 2 documents"),
+        (DOCUMENTS[:1], {"protocol": "shuffled"}, "a shuffled state needs at least 2 documents"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(documents, options, message, models):

@@ -13,20 +13,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
-from ...evaluation.plots import (
-    BLACK,
-    BLUE,
-    DPI,
-    PURPLE,
-    VERMILLION,
-    RowStyle,
-    finish,
-    is_number,
-    label_ends,
-    new_figure,
-    save,
-    source_line,
-)
+from ...evaluation.plots import DPI, RowStyle, finish, is_number, label_ends, new_figure, save, source_line
+from ...evaluation.protocols import BLACK, BLUE, PURPLE, VERMILLION
 from ...evaluation.report import MEBI
 
 ORANGE = "#E69F00"  # Okabe and Ito's too, the neighbour of vermillion

@@ -14,6 +14,7 @@ from subprocess import CalledProcessError
 from transformers import PretrainedConfig
 
 from ...errors import InputError
+from ...evaluation.protocols import PROTOCOLS
 from ...models.configuration import with_window
 from ...models.flops import flops_per_token
 from ..memory_model import Workload, memory_use
@@ -155,13 +156,13 @@ class SweepPoints:
         return found
 
     def _row(self, method, window, budget, settings):
-        work, overlapping = settings.workload, METHODS[method].protocol.endswith("overlap")
+        work, passes = settings.workload, PROTOCOLS[METHODS[method].protocol].passes
         options = {key: value for key, value in asdict(work).items() if key != "task"}
         return {
             **self._point(method, window, budget, settings),
             "settings": options,
             "predicted_memory_bytes": settings.use.total,
-            "flops_per_token": flops_per_token(settings.config) * (2 if overlapping else 1),
+            "flops_per_token": flops_per_token(settings.config) * passes,
             "training_flops_per_token": flops_per_token(settings.config, training=True),
         }
 

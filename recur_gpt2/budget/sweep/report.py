@@ -15,6 +15,7 @@ import numpy as np
 
 from ...evaluation.evaluate import resample
 from ...evaluation.plots import source_line
+from ...evaluation.protocols import PROTOCOLS
 from ...evaluation.report import INTERVAL_NOTE, MEBI, MISSING, NUMBERS, bullets, cell, pipe_table
 from ...utils.files import atomic_write_text
 from .plots import PICTURES, measured, scored, write_plots
@@ -169,6 +170,9 @@ def count(items, noun):
     return f"{len(items):,} {noun}{'' if len(items) == 1 else 's'}"
 
 
+READ_TWICE = {name for name, protocol in PROTOCOLS.items() if protocol.passes == 2}  # methods are called as these
+
+
 def write_report(rows, settings, folder):
     """Write results.csv, report.md and the pictures to `folder`, each file whole or not at all."""
     folder = Path(folder)
@@ -245,7 +249,7 @@ def verdicts(rows):
 def contests(rows):
     """(name, rows, cost) of what is compared. Overlapping windows take no more memory than others and twice the
     computation: by memory the methods that compute every token once are compared among themselves too."""
-    once = [row for row in rows if not (row.get("method") or "").endswith("overlap")]
+    once = [row for row in rows if row.get("method") not in READ_TWICE]
     all_of_them = [(kind.name, rows, cost) for cost, kind in COSTS.items()]
     if len(once) == len(rows):
         return all_of_them

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ...errors import InputError, check_range
+from ...evaluation.protocols import PROTOCOLS
 from ...models.hub import load_config
 from ...utils.device import checked_device
 from ...utils.files import atomic_write_text, settings_file
@@ -93,7 +94,7 @@ class SweepArguments:
 def methods_of(task: str) -> list[str]:
     """Those that a task has: only scoring reads twice, and finetuning for it."""
     twice = task in ("train", "score")
-    return [name for name, method in METHODS.items() if twice or not method.protocol.endswith("overlap")]
+    return [name for name, method in METHODS.items() if twice or PROTOCOLS[method.protocol].passes == 1]
 
 
 def run_sweep(args: SweepArguments) -> list[dict]:
@@ -229,7 +230,7 @@ def _tasks(args, points, rows):
 def _work(args, method, budgets, *, finetuned):
     """How long the rows of a method at a window take, in tokens trained on; reading is a third of it."""
     step = STEPS * STEP_TOKENS if args.task == "train" else READ_TOKENS / 3
-    scored = args.eval_tokens * (2 if method.protocol.endswith("overlap") else 1) / 3
+    scored = args.eval_tokens * PROTOCOLS[method.protocol].passes / 3
     work = budgets * (STARTING + step) + (STARTING + scored if scored else 0)
     return work + (STARTING + args.finetune_tokens if finetuned else 0)
 
