@@ -7,13 +7,13 @@ python run_pg19.py --window 256 --model gpt2 --data pg19 --steps 20000 --eval-to
 import argparse
 import sys
 
+from recur_gpt2.cli import finetune
+from recur_gpt2.cli.process import guarded
 from recur_gpt2.utils.thread_cache import restart_tuned
 
 if __name__ == "__main__":
     restart_tuned()
-    from recur_gpt2.cli.main import add_experiment_arguments, guarded, run_finetune
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_experiment_arguments(parser, data="pg19-sample")
+    finetune.add_arguments(parser)
     args = parser.parse_args()
-    sys.exit(guarded(lambda: run_finetune(args, name="pg19")))
+    sys.exit(guarded(lambda: finetune.run(args, name="pg19")))

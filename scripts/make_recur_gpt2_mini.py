@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from recur_gpt2 import RecurGPT2LMHeadModel
 from recur_gpt2.budget.runs import finetuned
+from recur_gpt2.evaluation.arguments import EvaluationArguments
 from recur_gpt2.evaluation.scoring import evaluate_model
 from recur_gpt2.utils.allocator import tune_allocator
 from recur_gpt2.utils.files import atomic_write_text
@@ -94,14 +95,8 @@ def write_card(work_dir, model, names, training):
     folders = {"data/gpt2-mini": DATA / "gpt2-mini", "data/recur-gpt2-mini": work_dir / "model"}
     for name, protocols in PROTOCOLS.items():
         for split in SPLITS:
-            rows = evaluate_model(
-                str(folders[name]),
-                "pg19-sample",
-                split=split,
-                window=config.window,
-                protocols=protocols,
-                eval_tokens=147456,
-            )["rows"]
+            scored = {"split": split, "window": config.window, "protocols": protocols, "eval_tokens": 147456}
+            rows = evaluate_model(EvaluationArguments(str(folders[name]), "pg19-sample", **scored))["rows"]
             for protocol, row in zip(protocols, rows, strict=True):
                 low, high = row["nats_interval"]
                 lines.append(

@@ -25,8 +25,8 @@ from ..ops.cross_entropy import CASTS, VOCABULARY_ROWS, cpu_chunk_rows
 from ..ops.linear import CHUNK
 from ..ops.softmax import LONGEST_PRODUCTS, queries_in_products
 from ..training.activation_checkpointing import KEPT, NOTED
+from .tasks import TASKS
 
-TASKS = ("train", "score", "embed", "generate")
 FLOAT, LOW = 4, 2
 # Beside the tensors: buffers of the matrix libraries, and small objects.
 LIBRARIES = {"train": 15 * 2**20, "accumulated": 25 * 2**20, "recomputed": 9 * 2**20, "read": 16 * 2**20}

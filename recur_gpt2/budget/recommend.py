@@ -19,10 +19,10 @@ from ..models.generation import PARALLEL_WINDOWS
 from ..models.hub import load_config
 from ..ops.matmul import has_bfloat16_products
 from .memory_model import MemoryUse, Workload, memory_use
+from .tasks import STEP_TOKENS, t2r_flags
 
 WINDOWS = (1024, 512, 256, 128, 64)
 ROOM = 64  # positions for what stands in front of the longest window: without them memory is worth little there
-STEP_TOKENS = 8192  # of a finetuning step, however many lanes it takes at a time: as the main job's
 MOST_LANES = 16  # in training: the most of any use on a CPU; and the text must have as many documents
 SEGMENT = 4  # K, windows that gradients reach back over
 BLOCK_TOKENS = 2048  # read at once without gradients: as fast as more on a CPU
@@ -187,11 +187,6 @@ def command(recommendation: Recommendation, model: str, data: str = "pg19-sample
     elif work.task == "embed":
         words += ["--batch-tokens", str(work.lanes * work.windows * config.window)]
     return shlex.join(words)
-
-
-def t2r_flags(near_tokens: int) -> list[str]:
-    """Linear attention in all layers, for `recur-gpt2 finetune`."""
-    return ["--attention", "t2r", "--near-tokens", str(near_tokens)]
 
 
 def settings_line(recommendation: Recommendation) -> str:

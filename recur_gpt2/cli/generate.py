@@ -7,13 +7,18 @@ import sys
 import time
 from pathlib import Path
 
+from ..data.bundle import BUNDLED_RECURRENT
 from ..errors import LARGEST_FLOAT, LARGEST_SEED, InputError, check_range
 from ..utils.files import check_can_write
 
 
-def add_generate_arguments(parser: argparse.ArgumentParser, *, model: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default=model, help="our model or a GPT-2: folder or hub id (default: data/recur-gpt2-mini)")
+    add(
+        "--model",
+        default=str(BUNDLED_RECURRENT),
+        help="our model or a GPT-2: folder or hub id (default: data/recur-gpt2-mini)",
+    )
     add("--window", type=int, help="T; default: the model's own, or 256 for a GPT-2")
     add("--recurrence", default="default", help="for a GPT-2: default (untrained), yoshida2020 or none")
     prompt = parser.add_mutually_exclusive_group()
@@ -33,7 +38,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser, *, model: str) -> No
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one")
 
 
-def run_generate(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Read, write, say how fast, save."""
     import torch
 

@@ -1,6 +1,6 @@
 """The comparison that the project exists for: one GPT-2, one window, the same finetuning, with recurrence and without.
 
-`run_experiment` finetunes both, evaluates every protocol and control, and writes the report. run_pg19.py and
+`run_comparison` finetunes both, evaluates every protocol and control, and writes the report. run_pg19.py and
 `recur-gpt2 finetune` are thin around it. With several processes all of them finetune, and the main one does the rest.
 
 One model is held at a time: each is loaded for its task and let go after it, so that the job's peak memory is that of
@@ -15,16 +15,15 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import wraps
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..data.corpora import load_corpus
-from ..errors import InputError, check_range
+from ..errors import InputError
 from ..models.configuration import RecurGPT2Config, with_window
 from ..models.hub import load_config, load_tokenizer
 from ..models.loading import load_any, plain_copy, save_model
@@ -35,6 +34,7 @@ from ..training.trainer import Trainer
 from ..utils.allocator import release_memory
 from ..utils.device import checked_device
 from ..utils.files import atomic_write_text, clear_unfinished, settings_file
+from .arguments import ComparisonArguments
 from .evaluate import PARALLEL_WINDOWS, Evaluation, evaluate, gap_covered_interval
 from .protocols import ROWS, obstacle
 from .report import gap_covered, write_report
@@ -44,53 +44,14 @@ FINETUNED = {"recurrent": "recurrent", "finetuned": "disjoint"}  # how its rows'
 PACKAGES = ("recur-gpt2", "torch", "transformers", "datasets", "accelerate", "tokenizers")
 
 
-@dataclass
-class ExperimentArguments:
-    """Settings of one comparison."""
-
-    model: str
-    """GPT-2 checkpoint, or a model of ours to go on with: hub id or folder."""
-    data: str
-    """Documents, as `load_corpus` takes them."""
-    output_dir: Path
-    """Where everything is written."""
-    window: int = 256
-    """T, tokens a window."""
-    recurrence: str = "default"
-    """Preset of RecurGPT2Config."""
-    model_options: dict = field(default_factory=dict)
-    """Fields of RecurGPT2Config that differ from the preset: slots, layers, linear attention."""
-    training: TrainingArguments = field(default_factory=TrainingArguments)
-    """How both are finetuned."""
-    eval_split: str = "test"
-    """Documents that are scored."""
-    eval_tokens: int | None = None
-    """Tokens to score: the same number from the start of each document. None: everything."""
-    control: bool = True
-    """Finetune and score the disjoint control too."""
-    rows: list[str] | None = None
-    """Rows to score, of ROWS; None: all."""
-    device: str = "auto"
-    """"auto", "cpu" or "cuda"."""
-    resume: bool = False
-    """Go on where an earlier run in `output_dir` stopped."""
-
-    def __post_init__(self):
-        self.output_dir = Path(self.output_dir)
-        self.device = checked_device(self.device)
-        unknown = [row for row in self.rows or () if row not in ROWS]
-        if unknown:
-            raise InputError(f"row {unknown[0]!r} is not known; use some of {', '.join(ROWS)}")
-        check_range(2, eval_tokens=self.eval_tokens)
-
-
-def run_experiment(args: ExperimentArguments) -> dict | None:
+def run_comparison(args: ComparisonArguments) -> dict | None:
     """Finetune, evaluate, report. Returns what results.json holds; None in all processes but the main one.
 
     Raises:
         InputError: bad input of any kind; nothing that an earlier run wrote is lost.
         KeyboardInterrupt: after Ctrl-C, with a checkpoint written.
     """
+    args.device = checked_device(args.device)
     processes = Processes(args.device)
     with processes.main_first():  # it tokenises for all
         recurrent = _check_model(args)
@@ -99,7 +60,9 @@ def run_experiment(args: ExperimentArguments) -> dict | None:
         tokenizer = load_tokenizer(args.model)
         train = load_corpus(args.data, "train", tokenizer)
         if processes.is_main:
-            documents = evaluation_documents(load_corpus(args.data, args.eval_split, tokenizer), args.eval_tokens)
+            documents = evaluation_documents(
+                load_corpus(args.data, args.eval_split, tokenizer), args.eval_tokens or None
+            )
             _check_rows(args, recurrent, len(documents))
             if train.split_rule:
                 print(train.split_rule, file=sys.stderr)
@@ -155,7 +118,7 @@ def _check_ours(args, config):
     wanted = RecurGPT2Config(**config.to_dict() | args.model_options)  # which makes lists of names of sets of layers
     options = args.model_options.items()
     differing = {key: value for key, value in options if getattr(config, key) != getattr(wanted, key)}
-    if args.recurrence != ExperimentArguments.recurrence and args.recurrence != config.recurrence:
+    if args.recurrence != ComparisonArguments.recurrence and args.recurrence != config.recurrence:
         differing["recurrence"] = args.recurrence
     if differing:
         key, value = next(iter(differing.items()))

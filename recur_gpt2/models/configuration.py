@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
 
 from ..errors import InputError, check_range
+from .arguments import LinearAttentionOptions
 
 # The measurements behind "default" are in docs/ablation.md. Its last slots are as many as MEMORY_COST buys: each one
 # more helps, and the wider a model is, the less of its cost is attention.
@@ -66,10 +67,10 @@ class RecurGPT2Config(GPT2Config):
     recurrence_width: int = 200
     position_offset: int | None = None
     linear_layers: list[int] | str | None = None
-    feature_map: str = "t2r"
-    feature_size: int = 32
-    near_tokens: int = 0
-    carry_linear_state: bool = False
+    feature_map: str = LinearAttentionOptions.feature_map
+    feature_size: int = LinearAttentionOptions.feature_size
+    near_tokens: int = LinearAttentionOptions.near_tokens
+    carry_linear_state: bool = LinearAttentionOptions.carry_linear_state
 
     def __post_init__(self, **kwargs):
         if self.recurrence not in PRESETS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import InputError
+from .arguments import LinearAttentionOptions
 from .configuration import RecurGPT2Config
 from .feature_map_fitting import fit_feature_maps
 from .pretrained import RecurGPT2PreTrainedModel
@@ -11,11 +12,11 @@ from .pretrained import RecurGPT2PreTrainedModel
 def convert_to_t2r(
     model: RecurGPT2PreTrainedModel,
     layers: str | list[int] = "all",
-    feature_map: str = "t2r",
-    feature_size: int = 32,
+    feature_map: str = LinearAttentionOptions.feature_map,
+    feature_size: int = LinearAttentionOptions.feature_size,
     *,
-    near_tokens: int = 0,
-    carry_linear_state: bool = False,
+    near_tokens: int = LinearAttentionOptions.near_tokens,
+    carry_linear_state: bool = LinearAttentionOptions.carry_linear_state,
 ) -> RecurGPT2PreTrainedModel:
     """Give layers of a model linear attention, in place; all other weights stay as they are.
 

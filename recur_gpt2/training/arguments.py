@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import LARGEST_FLOAT, LARGEST_SEED, InputError, check_range
 
@@ -14,9 +15,9 @@ class TrainingArguments:
     steps: int = 120
     """Optimizer steps."""
     lanes: int = 8
-    """Documents read side by side, in each process."""
+    """Rows of a batch, each going through documents of its own, in each process."""
     bptt: int = 4
-    """K, windows per segment: how far gradients reach back."""
+    """K, windows that gradients reach back over: a segment."""
     lr: float = 3e-5
     """Peak learning rate of the pretrained parameters."""
     recurrence_lr: float = 3e-3
@@ -24,9 +25,9 @@ class TrainingArguments:
     transfer_steps: int = 0
     """Steps of attention transfer before finetuning: feature maps learn the softmax attention that they replace."""
     transfer_lr: float = 1e-2
-    """Peak learning rate of these steps."""
+    """Peak learning rate of the steps of attention transfer."""
     new_first_steps: int = 0
-    """So many of `steps`, at their start, train what is new alone."""
+    """Of --steps, so many at their start train what is new alone."""
     warmup: float = 0.05
     """Share of the steps over which the rates rise; afterwards they fall linearly to zero."""
     weight_decay: float = 0.01
@@ -42,8 +43,8 @@ class TrainingArguments:
     checkpointing: bool = False
     """Recompute each block of windows, layer by layer, in the backward pass: least memory, flat in K, for a third to a
     half more time."""
-    precision: str = "auto"
-    """"float32", "bfloat16", or "auto": whichever a short trial finds faster."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What to compute in; auto: whichever a short trial finds faster."""
     seed: int = 0
     """Of the documents' order and of dropout."""
     save_every: int = 100

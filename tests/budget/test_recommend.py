@@ -10,8 +10,8 @@ from conftest import ROOT
 
 from recur_gpt2.budget.memory_model import memory_use
 from recur_gpt2.budget.recommend import candidates, command, parse_bytes, recommend
-from recur_gpt2.cli.budget import settle
-from recur_gpt2.cli.main import add_experiment_arguments, main
+from recur_gpt2.cli.finetune import add_arguments, settle
+from recur_gpt2.cli.main import main
 from recur_gpt2.errors import InputError
 from recur_gpt2.utils.thread_cache import tuned_environment
 
@@ -130,7 +130,7 @@ def test_a_budget_and_what_it_chooses_contradict_each_other(flags, capsys, tmp_p
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_budget_fills_in_the_settings_and_one_process_says_which(quiet, capsys):
     parser = argparse.ArgumentParser()
-    add_experiment_arguments(parser, data="pg19-sample")
+    add_arguments(parser)
     args = parser.parse_args(["--memory-budget", "400MiB", "--precision", "float32"])
     settle(args, {}, quiet=quiet)
     best = recommend(MODEL, 400 * MIB, precision="float32", most_lanes=args.lanes)

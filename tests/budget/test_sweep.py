@@ -3,22 +3,20 @@
 import json
 import shutil
 import subprocess
-from argparse import ArgumentParser
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, random_gpt2
+from conftest import DATA, ROOT, random_gpt2
 
 from recur_gpt2 import RecurGPT2LMHeadModel
 from recur_gpt2.budget.sweep import models, points, run
+from recur_gpt2.budget.sweep.arguments import METHODS, SweepArguments
 from recur_gpt2.budget.sweep.choice import best_measured
-from recur_gpt2.budget.sweep.models import METHODS, SweepModels
+from recur_gpt2.budget.sweep.models import SweepModels
 from recur_gpt2.budget.sweep.points import MARGIN, NOT_FITTING
 from recur_gpt2.budget.sweep.report import unmeasured
-from recur_gpt2.budget.sweep.run import SweepArguments, run_sweep
+from recur_gpt2.budget.sweep.run import run_sweep
 from recur_gpt2.budget.worker import FAILED, OK, OUT_OF_MEMORY, held
-from recur_gpt2.cli.budget import add_sweep_arguments
 from recur_gpt2.cli.main import main
 from recur_gpt2.errors import InputError
 
@@ -76,7 +74,7 @@ class FakeConfig:
 
 def arguments(tmp_path, **options):
     options = {"budgets": [100 * MIB, 400 * MIB], "windows": [64, 256], "methods": ["disjoint", "recurrent"]} | options
-    return SweepArguments(MODEL, "pg19-sample", tmp_path / "sweep", **options)
+    return SweepArguments(tmp_path / "sweep", MODEL, **options)
 
 
 def points_of(rows):
@@ -165,7 +163,9 @@ def test_finetuning_measures_gpt2_and_reading_the_finetuned_model(tmp_path, jobs
     run_sweep(arguments(tmp_path))
     assert {job.model for job in jobs} == {MODEL}
     jobs.clear()
-    args = SweepArguments(MODEL, "pg19-sample", tmp_path / "read", "score", [400 * MIB], [64, 256], ["recurrent"])
+    args = SweepArguments(
+        tmp_path / "read", task="score", budgets=[400 * MIB], windows=[64, 256], methods=["recurrent"]
+    )
     run_sweep(args)
     folders = {str(args.finetuned / f"w{window}-recurrent" / "recurrent" / "model") for window in (64, 256)}
     assert {str(job.model) for job in jobs} == folders
@@ -216,7 +216,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_one_that_was_not(tmp_path, mon
 
 
 def test_text_that_is_not_there_is_said_before_anything_is_done(tmp_path, jobs):
-    args = SweepArguments(MODEL, str(tmp_path / "nowhere.txt"), tmp_path / "sweep", windows=[64])
+    args = SweepArguments(tmp_path / "sweep", data=str(tmp_path / "nowhere.txt"), windows=[64])
     with pytest.raises(InputError, match=r"nowhere\.txt' is neither a file"):
         run_sweep(args)
     assert not jobs
@@ -296,7 +296,7 @@ def test_a_sweep_of_other_settings_is_neither_overwritten_nor_mixed_in(tmp_path,
 
 def test_a_sweep_starts_from_a_gpt2(tmp_path):
     with pytest.raises(InputError, match="starts from a GPT-2"):
-        run_sweep(SweepArguments(str(ROOT / "data" / "recur-gpt2-mini"), "pg19-sample", tmp_path / "sweep"))
+        run_sweep(SweepArguments(tmp_path / "sweep", model=str(DATA / "recur-gpt2-mini")))
 
 
 def test_budgets_not_given_go_from_the_least_that_holds_a_point_to_the_most_of_use(tmp_path, jobs, finetunings):
@@ -358,16 +358,6 @@ def test_the_command_line_recommends_from_a_sweep(task, tmp_path, jobs, finetuni
     assert "token perplexity 50.00" in said
     expected = "--attention t2r --near-tokens 64" if task == "train" else "--model 256-recurrent+t2r --window 256"
     assert expected in said.splitlines()[-1]
-
-
-def test_the_flags_have_the_defaults_of_the_arguments(tmp_path):
-    parser = ArgumentParser()
-    add_sweep_arguments(parser, model=MODEL)
-    flags = parser.parse_args(["--output-dir", str(tmp_path)])
-    default = SweepArguments(MODEL, "pg19-sample", tmp_path, device="auto")
-    for field in fields(SweepArguments):
-        if field.name not in ("budgets", "methods", "finetuned", "device"):
-            assert getattr(flags, field.name) == getattr(default, field.name), field.name
 
 
 def test_the_settings_that_take_least_are_measured_too_if_any_budget_holds_them(tmp_path, jobs, finetunings):

@@ -15,7 +15,8 @@ from transformers import GPT2LMHeadModel
 
 from recur_gpt2 import RecurGPT2LMHeadModel
 from recur_gpt2.evaluation import comparison
-from recur_gpt2.evaluation.comparison import ExperimentArguments, run_experiment
+from recur_gpt2.evaluation.arguments import ComparisonArguments
+from recur_gpt2.evaluation.comparison import run_comparison
 from recur_gpt2.evaluation.evaluate import evaluate
 from recur_gpt2.evaluation.protocols import ROWS
 from recur_gpt2.training.arguments import TrainingArguments
@@ -64,7 +65,7 @@ def arguments(models, data, tmp_path, monkeypatch):
 
     def make(kind="gpt2", *, precision="float32", **options):
         small = {"steps": 3, "lanes": 2, "bptt": 2, "save_every": 1, "lr": 1e-2, "precision": precision}
-        return ExperimentArguments(
+        return ComparisonArguments(
             model=models[kind],
             data=data,
             window=16,
@@ -114,7 +115,7 @@ def test_one_model_is_held_at_a_time(kind, arguments, monkeypatch):
     is given back. So too the optimizer."""
     gc.collect()
     held = Held(monkeypatch)
-    run_experiment(arguments(kind, precision="auto"))
+    run_comparison(arguments(kind, precision="auto"))
     one, none, with_optimizer = [True], [], [True, False]
     given_back = ("given back", none)
     assert [event for event, _ in groupby(held.events)] == [
@@ -130,7 +131,7 @@ def test_one_model_is_held_at_a_time(kind, arguments, monkeypatch):
 
 def test_nothing_is_tried_where_the_precision_is_given(arguments, monkeypatch):
     held = Held(monkeypatch)
-    run_experiment(arguments(control=False, rows=["recurrent"]))
+    run_comparison(arguments(control=False, rows=["recurrent"]))
     assert "tried" not in dict(held.events)
     assert len(held.made) == 4, "the GPT-2, the model made from it, the optimizer, the finetuned model"
 
@@ -149,7 +150,7 @@ def test_a_model_that_no_row_is_wanted_of_is_not_loaded(options, loaded, argumen
     args, found = arguments(**options), []
     before(monkeypatch, comparison, "_evaluate_all", lambda *_: found.clear())
     before(monkeypatch, comparison, "load_any", lambda folder, *_: found.append(Path(folder)))
-    results = run_experiment(args)
+    results = run_comparison(args)
     assert [(folder.parent if folder.name == "model" else folder).name for folder in found] == loaded
     assert {row["name"] for row in results["rows"]} <= set(options.get("rows", ROWS))
 
@@ -162,7 +163,7 @@ def test_the_control_starts_as_the_gpt2_itself(kind, models, arguments, monkeypa
     """To the last bit, whatever was finetuned before it."""
     started = {}
     before(monkeypatch, Trainer, "run", lambda it: started.update({it.folder.name: weights_of(it.model)}))
-    run_experiment(arguments(kind, rows=["recurrent"]))
+    run_comparison(arguments(kind, rows=["recurrent"]))
     gpt2 = weights_of(GPT2LMHeadModel.from_pretrained(models["gpt2"]))
     assert started["disjoint"].keys() == gpt2.keys()
     assert started["recurrent"].keys() > gpt2.keys()
@@ -177,7 +178,7 @@ def test_rows_are_those_of_the_models_that_were_finetuned(kind, models, argument
     before(
         monkeypatch, comparison, "_evaluate_all", lambda _, documents, tokenizer: scored.extend((documents, tokenizer))
     )
-    rows = {row["name"]: row for row in run_experiment(args)["rows"]}
+    rows = {row["name"]: row for row in run_comparison(args)["rows"]}
     base = RecurGPT2LMHeadModel.from_gpt2(models["gpt2"], window=16, recurrence="none")
     held = {"base": base, "finetuned": kept["disjoint"], "recurrent": kept["recurrent"]}
     assert sorted(rows) == sorted(ROWS)
@@ -198,7 +199,7 @@ def interrupt(trainer):
 @pytest.mark.parametrize("name", ["recurrent", "disjoint"])
 @pytest.mark.parametrize(("stop", "error"), [(kill, RuntimeError), (interrupt, KeyboardInterrupt)])
 def test_a_run_stopped_in_a_finetuning_resumes_to_the_same_end(name, stop, error, arguments, tmp_path, monkeypatch):
-    whole = run_experiment(arguments(output_dir=tmp_path / "whole"))
+    whole = run_comparison(arguments(output_dir=tmp_path / "whole"))
 
     def disturb(trainer, *_):
         if trainer.folder.name == name and len(trainer.history) == 1:
@@ -207,9 +208,9 @@ def test_a_run_stopped_in_a_finetuning_resumes_to_the_same_end(name, stop, error
     with monkeypatch.context() as patch:
         before(patch, Trainer, "_step", disturb)
         with pytest.raises(error):
-            run_experiment(arguments())
+            run_comparison(arguments())
     assert not (tmp_path / "out" / name / "model").exists()
-    resumed = run_experiment(arguments(resume=True))
+    resumed = run_comparison(arguments(resume=True))
     assert [row["nats"] for row in resumed["rows"]] == [row["nats"] for row in whole["rows"]]
     for each in ("recurrent", "disjoint"):
         assert losses_of(resumed["training"][each]) == losses_of(whole["training"][each])

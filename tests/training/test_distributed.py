@@ -14,7 +14,7 @@ from helpers_distributed import PLAIN, UNEQUAL, WEIGHED, InOrder
 from helpers_training import dropout_run, losses_of, plain_run, random_documents, tiny_model, weights_of
 from safetensors.torch import load_file
 
-from recur_gpt2.cli.main import guarded
+from recur_gpt2.cli.process import guarded
 from recur_gpt2.errors import InputError
 from recur_gpt2.training.arguments import TrainingArguments
 from recur_gpt2.training.distributed import ElsewhereError

@@ -92,7 +92,7 @@ def place(model, tmp_path_factory):
     """A function that makes a folder with the model, texts and strangers' files, and goes there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        patch.setattr("recur_gpt2.cli.main.tune_allocator", lambda: None)
+        patch.setattr("recur_gpt2.cli.process.tune_allocator", lambda: None)
 
         def make():
             folder = tmp_path_factory.mktemp("place")

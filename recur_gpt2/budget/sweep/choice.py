@@ -11,7 +11,7 @@ from ...models.configuration import with_window
 from ...models.hub import load_config
 from ..memory_model import Workload, memory_use
 from ..recommend import Recommendation, room
-from .models import METHODS
+from .arguments import METHODS
 from .plots import scored
 
 

@@ -21,51 +21,12 @@ from pathlib import Path
 from ...data.corpora import load_corpus
 from ...errors import InputError
 from ...models.hub import load_config, load_tokenizer
-from ..recommend import SEGMENT, STEP_TOKENS, t2r_flags
+from ..recommend import SEGMENT
 from ..runs import finetuned
+from ..tasks import STEP_TOKENS
+from .arguments import Method
 
 LANES = 8  # of a finetuning, with fewer where a window is long: what `recur-gpt2 finetune` has
-NEAR = 4  # t2r: a window's fraction of places near a query that keep softmax
-
-
-@dataclass(frozen=True)
-class Method:
-    """A model, and the protocol that it reads by."""
-
-    model: str
-    """Its kind: disjoint, recurrent, t2r or recurrent+t2r."""
-    protocol: str
-
-    @property
-    def recurrent(self) -> bool:
-        return self.model.startswith("recurrent")
-
-    @property
-    def linear(self) -> bool:
-        return self.model.endswith("t2r")
-
-    def options(self, window: int) -> dict:
-        """Fields of RecurGPT2Config beside GPT-2's and the window."""
-        fields = {"recurrence": "default" if self.recurrent else "none"}
-        if self.linear:
-            fields |= {"linear_layers": "all", "near_tokens": window // NEAR}
-        return fields
-
-    def flags(self, window: int) -> list[str]:
-        """The same for `recur-gpt2 finetune`."""
-        options = self.options(window)
-        flags = ["--window", str(window), "--recurrence", options["recurrence"]]
-        return flags + (t2r_flags(options["near_tokens"]) if self.linear else [])
-
-
-METHODS = {
-    "disjoint": Method("disjoint", "disjoint"),
-    "overlap": Method("disjoint", "overlap"),
-    "recurrent": Method("recurrent", "recurrent"),
-    "recurrent+overlap": Method("recurrent", "recurrent+overlap"),
-    "t2r": Method("t2r", "disjoint"),
-    "recurrent+t2r": Method("recurrent+t2r", "recurrent"),
-}
 
 
 @dataclass(frozen=True)

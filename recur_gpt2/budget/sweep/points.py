@@ -18,9 +18,11 @@ from ...evaluation.protocols import PROTOCOLS
 from ...models.configuration import with_window
 from ...models.flops import flops_per_token
 from ..memory_model import Workload, memory_use
-from ..recommend import SEGMENT, STEP_TOKENS, Recommendation, candidates, default_precision
+from ..recommend import SEGMENT, Recommendation, candidates, default_precision
+from ..tasks import STEP_TOKENS
 from ..worker import FAILED, OK, OUT_OF_MEMORY, Job, held, measured
-from .models import METHODS, SweepModels
+from .arguments import METHODS
+from .models import SweepModels
 
 NOT_FITTING = "does not fit"
 UNSCORED = "unscored"  # key of a row that was measured: why it could not be scored

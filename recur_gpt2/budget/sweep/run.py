@@ -12,89 +12,30 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 
 import torch
 
-from ...errors import InputError, check_range
+from ...errors import InputError
 from ...evaluation.protocols import PROTOCOLS
 from ...models.hub import load_config
 from ...utils.device import checked_device
 from ...utils.files import atomic_write_text, settings_file
 from ...utils.measure import STATUS
-from ..memory_model import TASKS
-from ..recommend import STEP_TOKENS, default_precision
+from ..recommend import default_precision
+from ..tasks import STEP_TOKENS
 from ..worker import FAILED
-from .models import LANES, METHODS, SweepModels
+from .arguments import METHODS, SweepArguments
+from .models import LANES, SweepModels
 from .points import READ_TOKENS, STEPS, UNSCORED, SweepPoints, lengths_of
 from .report import write_report
 
 LENGTH_WINDOW = 256  # at which documents of growing length are read, if the sweep has it
 STARTING = 25_000  # tokens that could be trained on in the time that a process takes to start, roughly
 UNCHANGING = ("model", "data", "task", "lanes", "finetune_tokens", "eval_split", "eval_tokens", "precision", "device")
-
-
-@dataclass
-class SweepArguments:
-    """Settings of one sweep."""
-
-    model: str
-    """GPT-2 checkpoint: hub id or folder."""
-    data: str
-    """Documents, as `load_corpus` takes them."""
-    output_dir: Path
-    """Where everything is written."""
-    task: str = "train"
-    """What is measured: train, score, embed or generate."""
-    budgets: list[int] | None = None
-    """Bytes above what the interpreter and its libraries take; None: from the least that holds a point to the most that
-    one can use."""
-    windows: list[int] | None = None
-    """T; None: 64 to 1024, as far as the model's positions go."""
-    methods: list[str] | None = None
-    """Of METHODS; None: all that the task has."""
-    lanes: int | None = None
-    """Documents read side by side; None: as many as fit. In finetuning no more than these."""
-    finetune_tokens: int = 40 * STEP_TOKENS
-    """Of every finetuning."""
-    finetuned: Path | None = None
-    """Folder of finetuned models and their scores (sweep_models.py); None: in `output_dir`."""
-    eval_split: str = "test"
-    """Documents that are scored."""
-    eval_tokens: int = 147456
-    """Scored, as many from the start of each document; 0: memory and speed alone, nothing is finetuned."""
-    precision: str | None = None
-    """"float32" or "bfloat16"; None: what the task is computed in by default."""
-    device: str = "auto"
-    """"auto", "cpu" or "cuda"."""
-    resume: bool = False
-    """Go on with what an earlier sweep in `output_dir` left."""
-
-    def __post_init__(self):
-        if self.task not in TASKS:
-            raise InputError(f"task={self.task!r} is not known; use one of {', '.join(TASKS)}")
-        self.methods = self.methods or methods_of(self.task)
-        unknown = [name for name in self.methods if name not in methods_of(self.task)]
-        if unknown:
-            raise InputError(
-                f"method {unknown[0]!r} is none of task {self.task}'s; use some of {', '.join(methods_of(self.task))}"
-            )
-        check_range(STEP_TOKENS, finetune_tokens=self.finetune_tokens)
-        check_range(0, eval_tokens=self.eval_tokens)
-        for window in self.windows or ():
-            check_range(2, window=window)
-        self.output_dir, self.device = Path(self.output_dir), checked_device(self.device)
-        self.finetuned = self.output_dir / "finetuned" if self.finetuned is None else Path(self.finetuned)
-
-
-def methods_of(task: str) -> list[str]:
-    """Those that a task has: only scoring reads twice, and finetuning for it."""
-    twice = task in ("train", "score")
-    return [name for name, method in METHODS.items() if twice or PROTOCOLS[method.protocol].passes == 1]
 
 
 def run_sweep(args: SweepArguments) -> list[dict]:
@@ -106,6 +47,7 @@ def run_sweep(args: SweepArguments) -> list[dict]:
     """
     if not STATUS.exists():
         raise InputError(f"a sweep measures memory by {STATUS}, which is not here; run it on Linux")
+    args.device = checked_device(args.device)
     points = _points(args)
     if points.scored:
         points.models.check_data((METHODS[name], window) for name, window in product(args.methods, args.windows))
