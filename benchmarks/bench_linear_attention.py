@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from recur_gpt2.ops.feature_maps import make_feature_map
-from recur_gpt2.ops.hybrid import FarGate, near_attention
+from recur_gpt2.ops.hybrid import MixingGate, hybrid_attention
 from recur_gpt2.ops.linear import CHUNK, absorb, chunked, naive, step
 from recur_gpt2.ops.softmax import window_attention
 from recur_gpt2.utils.allocator import tune_allocator
@@ -119,14 +119,14 @@ def linear_kernels(args, length, features, dtype):
         return chunked(*feature_map.features(query, key), value)
 
     near_map = make_feature_map("hedgehog", HEADS, WIDTH, features).to(**there)
-    gate = FarGate(HEADS, WIDTH, args.near).to(args.device)
+    gate = MixingGate(HEADS, WIDTH, args.near).to(args.device)
     in_front = (torch.arange(args.near + length, device=args.device) >= args.near).expand(rows, -1)  # nothing is
 
     def near(query, key, value):
         key, value = (pad(each, (0, 0, args.near, 0)) for each in (key, value))
         phi = near_map.features(query, key[:, :, :length])
         scaled = query * WIDTH**-0.5
-        return near_attention(scaled, key, value, *phi, gate(scaled), mask=in_front)
+        return hybrid_attention(scaled, key, value, *phi, gate(scaled), mask=in_front)
 
     inputs = partial(mapped_inputs, rows, length, features, args.device)
     kernels = {f"chunked, C = {size}": (partial(chunked, chunk=size), inputs) for size in args.chunks if size <= length}

@@ -142,8 +142,8 @@ def _training(config, work):
 
 
 def _recomputed(config, work, weights):
-    """All gradients stand throughout, and the outputs of layers that were noted (recomputation.py). Beside them either
-    the loss of a window, or one layer's activations, with their gradients and its weights in 16 bit."""
+    """All gradients stand throughout, and the outputs of layers that activation_checkpointing.py noted. Beside them
+    either the loss of a window, or one layer's activations, with their gradients and its weights in 16 bit."""
     tokens, layers = work.lanes * config.window, range(config.n_layer)
     noted = min(NOTED, work.windows)
     state = _state(config, work) * (min(KEPT, work.windows) + 2 + noted)
@@ -207,13 +207,13 @@ def _state(config, work):
 
 
 def _places(config, layer, work):
-    """What a layer keeps from token to token as text is written, in buffers (decoding_layers.py)."""
+    """What a layer keeps from token to token as text is written, in buffers (attention_layers/)."""
     slots = config.memory_slots if layer in config.insert_layers else 0
-    places = config.window + slots
+    positions = config.window + slots
     if layer in config.linear_layers:
-        places = config.near_tokens + config.window if config.near_tokens else config.last_slots
+        positions = config.near_tokens + config.window if config.near_tokens else config.last_slots
     sums = config.feature_size * config.n_embd if layer in config.linear_layers else 0
-    return work.lanes * (2 * work.width * places * config.n_embd + FLOAT * sums)
+    return work.lanes * (2 * work.width * positions * config.n_embd + FLOAT * sums)
 
 
 def _loss(config, work, tokens, *, with_gradients):
@@ -291,8 +291,8 @@ def _softmax(config, layer, width):
 
 
 def _near_products(config, width):
-    """Bytes a token of what a layer with near places makes anew in its backward pass: weights of near and of far
-    places, and their gradients."""
+    """Bytes a token of what a layer with near positions makes anew in its backward pass: weights of near and of far
+    positions, and their gradients."""
     if not config.near_tokens:
         return 0
     chunk = min(hybrid.CHUNK, config.near_tokens, config.window)
@@ -306,9 +306,9 @@ def _linear(config, layer, width):
     maps = 2 * heads * head * features / config.window
     if config.near_tokens:
         chunk = min(hybrid.CHUNK, config.near_tokens, config.window)
-        places = 2 * wide * (config.near_tokens + chunk) / chunk
+        positions = 2 * wide * (config.near_tokens + chunk) / chunk
         if config.memory_slots:  # they stand in front of a window, with what the next one's are made of
-            places += 2 * wide * (max(config.near_tokens, config.last_slots) + config.window) / config.window
-        return width * (places + 7 * wide + 5 * heads * features + wide * features / chunk + maps)
+            positions += 2 * wide * (max(config.near_tokens, config.last_slots) + config.window) / config.window
+        return width * (positions + 7 * wide + 5 * heads * features + wide * features / chunk + maps)
     chunk = min(CHUNK, config.window)
     return width * (4 * wide + 2 * heads * features + wide * features / chunk + maps)

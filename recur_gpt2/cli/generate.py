@@ -43,18 +43,18 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     prompt = _prompt(args)
-    writing = _writing(args)
+    session = _session(args)
     if args.state_in is not None:
-        writing.load(args.state_in)
-    _read(writing, prompt)
+        session.load(args.state_in)
+    _read(session, prompt)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     if args.max_new_tokens:
         began = time.perf_counter()
-        written = writing.write(args.max_new_tokens, _print, **_options(args))
+        written = session.write(args.max_new_tokens, _print, **_options(args))
         seconds = time.perf_counter() - began
     if args.state_out is not None:  # before anything is printed: nobody may read it any more
-        writing.save(args.state_out)
+        session.save(args.state_out)
     if args.max_new_tokens:
         print(flush=True)
         short = f", stopped before {args.max_new_tokens:,}" if written < args.max_new_tokens else ""
@@ -79,26 +79,25 @@ def _prompt(args):
         raise InputError(f"{args.prompt_file} could not be read ({error}); give a UTF-8 text file") from error
 
 
-def _writing(args):
+def _session(args):
     import torch
 
     from ..models.hub import load_tokenizer
     from ..models.loading import load_any
     from ..utils.device import checked_device
-    from .text_session import Writing
 
     tokenizer = load_tokenizer(args.model)
     model = load_any(args.model, args.window, args.recurrence)
-    return Writing(model.to(checked_device(args.device), getattr(torch, args.precision)).eval(), tokenizer)
+    return TextSession(model.to(checked_device(args.device), getattr(torch, args.precision)).eval(), tokenizer)
 
 
-def _read(writing, prompt):
+def _read(session, prompt):
     """The prompt; without any, the token that starts a text."""
     if prompt:
-        writing.read(writing.tokenizer(prompt, verbose=False)["input_ids"], progress=True)
-    elif writing.state is None:
-        writing.read([writing.model.config.bos_token_id])
-    elif not writing.can_write:
+        session.read(session.tokenizer(prompt, verbose=False)["input_ids"], progress=True)
+    elif session.state is None:
+        session.read([session.model.config.bos_token_id])
+    elif not session.can_write:
         raise InputError("--state-in holds a state without its last token; give a --prompt to go on with")
 
 

@@ -26,7 +26,7 @@ from ..models.state import RecurState
 LONGEST_CHARACTER = 4  # bytes of one in UTF-8, and so the most tokens that one is spread over
 
 
-class Writing:
+class TextSession:
     """One document of one model.
 
     Attributes:

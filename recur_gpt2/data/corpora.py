@@ -1,7 +1,7 @@
 """PG-19, WikiText-103, your own text -> documents as token ids: `load_corpus` gives one split as a `Corpus`.
 
 Bundled and local data are tokenised once with Hugging Face `datasets`, cached and memory-mapped; data on the hub are
-streamed and tokenised on the fly. Not for windows or lanes, which windows.py makes from what comes out here.
+streamed and tokenised on the fly. Not for windows or lanes, which batches.py makes from what comes out here.
 """
 
 import hashlib

@@ -78,7 +78,7 @@ class Reader:
     """Reads documents with the first `layer` layers of a model.
 
     Attributes:
-        padded: pads that went through the model so far; `read` counts all places, them included.
+        padded: pads that went through the model so far; `read` counts all taken, them included.
     """
 
     def __init__(self, model: RecurGPT2Model, layer: int, batch_tokens: int):
@@ -187,9 +187,9 @@ class Reader:
         batch, pads = [], 0
         for row in order:
             if batch:
-                longest, places = lengths[batch[0]], lengths[batch[0]] * (len(batch) + 1)
+                longest, taken = lengths[batch[0]], lengths[batch[0]] * (len(batch) + 1)
                 more = longest - lengths[row]
-                fits = more >= 0 and places <= self.batch_tokens and pads + more <= max(FREE_SLACK, SLACK * places)
+                fits = more >= 0 and taken <= self.batch_tokens and pads + more <= max(FREE_SLACK, SLACK * taken)
                 if not fits or (lengths[row] == 0) is not (longest == 0):
                     yield batch
                     batch, pads, more = [], 0, 0

@@ -42,7 +42,7 @@ class Evaluation:
     Attributes:
         losses: nats per token, one array (n - 1,) a document, in the given order.
         words, bytes: (documents,) whitespace-separated words and UTF-8 bytes of each text.
-        by_position: (T,) mean nats by place in the window; NaN where nothing is scored, and in the first half of
+        by_position: (T,) mean nats by position in the window; NaN where nothing is scored, and in the first half of
             windows that overlap, where only the first window of a document is.
         tokens_read: tokens that went through the model, for all those scored; twice, if it read them twice.
         flops_per_token: forward FLOPs per scored token.
@@ -144,20 +144,20 @@ def evaluate(
     window = model.config.window
     with Meter(model) as measured:
         losses = reader.shuffled(documents) if how.other_documents else reader.read(documents, how.recurrent)
-        places = [np.arange(len(each)) % window for each in losses]
+        positions = [np.arange(len(each)) % window for each in losses]
         if how.passes == 2:
             halves = [tokens[window // 2 :] for tokens in documents if _overlaps(tokens, window)]
             later = reader.read(halves, how.recurrent)
-            losses, places = _merge(losses, later, documents, window)
-            # A document's first window is the only one scored in its first half: too few tokens to show by place.
-            places = [np.where(place < window // 2, window, place) for place in places]
+            losses, positions = _merge(losses, later, documents, window)
+            # A document's first window is the only one scored in its first half: too few tokens to show by position.
+            positions = [np.where(position < window // 2, window, position) for position in positions]
     texts = [tokenizer.decode(tokens) for tokens in documents]
     scored = sum(map(len, losses))
     return Evaluation(
         losses=losses,
         words=np.array([len(text.split()) for text in texts]),
         bytes=np.array([len(text.encode()) for text in texts]),
-        by_position=_mean_by_position(losses, places, window),
+        by_position=_mean_by_position(losses, positions, window),
         tokens_read=reader.tokens,
         flops_per_token=reader.flops(memory=how.recurrent) / scored,
         seconds=measured.seconds,
@@ -273,26 +273,26 @@ def _overlaps(tokens, window):
 
 
 def _merge(losses, later, documents, window):
-    """Each token from the reading in which more of its window lies before it; and its place there."""
+    """Each token from the reading in which more of its window lies before it; and its position there."""
     later = iter(later)
-    half, merged, places = window // 2, [], []
+    half, merged, positions = window // 2, [], []
     for tokens, first in zip(documents, losses, strict=True):
-        place = np.arange(len(first)) % window
+        position = np.arange(len(first)) % window
         if _overlaps(tokens, window):
             second = np.concatenate((np.full(half, np.nan, np.float32), next(later)))
-            place_in_second = (np.arange(len(first)) - half) % window
-            better = (place_in_second > place) & (np.arange(len(first)) >= window)
-            first, place = np.where(better, second, first), np.where(better, place_in_second, place)
+            position_in_second = (np.arange(len(first)) - half) % window
+            better = (position_in_second > position) & (np.arange(len(first)) >= window)
+            first, position = np.where(better, second, first), np.where(better, position_in_second, position)
         merged.append(first)
-        places.append(place)
-    return merged, places
+        positions.append(position)
+    return merged, positions
 
 
-def _mean_by_position(losses, places, window):
+def _mean_by_position(losses, positions, window):
     sums, counts = np.zeros(window + 1), np.zeros(window + 1)  # the last one: not to be shown
-    for loss, place in zip(losses, places, strict=True):
-        sums += np.bincount(place, loss, window + 1)
-        counts += np.bincount(place, minlength=window + 1)
+    for loss, position in zip(losses, positions, strict=True):
+        sums += np.bincount(position, loss, window + 1)
+        counts += np.bincount(position, minlength=window + 1)
     sums, counts = sums[:window], counts[:window]
     return np.divide(sums, counts, out=np.full(window, np.nan), where=counts > 0)
 

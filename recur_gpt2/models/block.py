@@ -10,7 +10,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from ..errors import InputError
 from ..ops.feature_maps import AffineMap, FeatureMap, make_feature_map
-from ..ops.hybrid import FarGate
+from ..ops.hybrid import MixingGate
 from ..ops.matmul import Projection
 
 # gelu_new is this formula written as eight kernels; the fused one gives the same numbers in a fraction of the time.
@@ -38,7 +38,7 @@ class RecurGPT2Block(GPT2Block):
         feature_map: phi of a layer with linear attention; None where attention is softmax.
         state_decay: (H,) logits of the factors by which (S, z) decays at the border of two windows; None where it is
             not carried.
-        far_gate: weighs linear attention against softmax attention to near places; None where there is none.
+        far_gate: weighs linear attention against softmax attention to near positions; None where there is none.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -76,7 +76,7 @@ class RecurGPT2Block(GPT2Block):
         self.feature_map = feature_map
         weight, heads = self.attn.c_attn.weight, self.attn.num_heads
         if config.near_tokens:
-            self.far_gate = FarGate(heads, self.attn.head_dim, config.near_tokens).to(weight)
+            self.far_gate = MixingGate(heads, self.attn.head_dim, config.near_tokens).to(weight)
         if config.carry_linear_state:
             self.state_decay = nn.Parameter(weight.new_full((heads,), STATE_DECAY))
 
@@ -92,7 +92,7 @@ class RecurGPT2Block(GPT2Block):
     def project_features(self, hidden: Tensor, keys: slice | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(B, T, D) layer input -> phi of queries and of keys (B, H, T, k), values, and keys (B, H, T', d).
 
-        `keys` says at which places the keys themselves are wanted; None for nowhere. Where phi is folded into the
+        `keys` says at which positions the keys themselves are wanted; None for nowhere. Where phi is folded into the
         projections, queries are never built, and keys only there.
         """
         if self.fused_weight is None:

@@ -43,8 +43,8 @@ class RecurGPT2Config(GPT2Config):
             "75%", where every fourth layer, counted from the top, keeps softmax. Empty: none. Saved as a list.
         feature_map: of these layers: "t2r", "hedgehog", "elu" or "rfa".
         feature_size: k, features of a head ("elu" has as many as the head is wide, whatever this says).
-        near_tokens: w, nearest places that linear layers attend to by softmax, under one sum with linear attention to
-            those before (Zhang et al. 2024, "LoLCATs"). 0: linear attention alone, as in T2R.
+        near_tokens: w, nearest positions that linear layers attend to by softmax, under one sum with linear attention
+            to those before (Zhang et al. 2024, "LoLCATs"). 0: linear attention alone, as in T2R.
         carry_linear_state: carry the sums (S, z) of linear layers over the border of two windows, decayed by a
             learned factor per head. Not with `pool_layers`.
 

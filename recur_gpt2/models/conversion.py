@@ -20,14 +20,14 @@ def convert_to_t2r(
 ) -> RecurGPT2PreTrainedModel:
     """Give layers of a model linear attention, in place; all other weights stay as they are.
 
-    The new feature maps start near softmax (`initialization.fit_feature_maps`); finetuning is to follow.
+    The new feature maps start near softmax (`feature_map_fitting.fit_feature_maps`); finetuning is to follow.
 
     Args:
         model: with softmax attention in all layers.
         layers: "all", "75%" (every fourth layer, counted from the top, keeps softmax) or a list of layers.
         feature_map: "t2r", "hedgehog", "elu" or "rfa".
         feature_size: k, features of a head.
-        near_tokens: w, nearest places that the layers attend to by softmax all the same.
+        near_tokens: w, nearest positions that the layers attend to by softmax all the same.
         carry_linear_state: carry the sums (S, z) over the border of two windows.
 
     Returns:

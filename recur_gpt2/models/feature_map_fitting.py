@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ..ops.feature_maps import FeatureMap
-from ..ops.hybrid import FarGate
+from ..ops.hybrid import MixingGate
 from ..utils.tensors import widen
 from .block import is_feature_map
 from .calibration import SAMPLES, likely_tokens, read_plainly
@@ -77,8 +77,8 @@ def _fit_together(model, tokens):
 
 
 def _divergence(given, wanted, head):
-    """Mean over N places of KL(wanted || given), of what two hidden states (N, D) predict. Logits of few places exist
-    at a time, so that a conversion takes no more memory than training does."""
+    """Mean over N positions of KL(wanted || given), of what two hidden states (N, D) predict. Logits of few of them
+    exist at a time, so that a conversion takes no more memory than training does."""
 
     def of_some(given, wanted):
         wanted = (wanted @ head.T).log_softmax(dim=-1)
@@ -99,7 +99,7 @@ def softmax_divergence(
     key: Tensor,
     visible: Tensor | None = None,
     *,
-    far_gate: FarGate | None = None,
+    far_gate: MixingGate | None = None,
 ) -> Tensor:
     """How far attention weights are from softmax's: mean Kullback-Leibler divergence in nats a query.
 
@@ -107,7 +107,7 @@ def softmax_divergence(
         query, key: (B, H, T, d) and (B, H, S, d), as softmax attention takes them, the last query at the last key. It
             is quadratic in T.
         visible: (T, S) or (B, 1, T, S) bool, what each query attends to; None for S = T and causal.
-        far_gate: of a layer that attends to near places by softmax.
+        far_gate: of a layer that attends to near positions by softmax.
 
     Returns:
         (), with gradient for the map and the gate, and through them for q and k; softmax's side is taken as given.
@@ -142,7 +142,7 @@ def fit_to_softmax(
     query: Tensor,
     key: Tensor,
     *,
-    far_gate: FarGate | None = None,
+    far_gate: MixingGate | None = None,
     steps: int = 200,
     learning_rate: float = 1e-2,
     batch_size: int = 2,
@@ -178,10 +178,10 @@ def fit_to_softmax(
 
 
 @torch.no_grad()
-def fit_gate(feature_map: FeatureMap, far_gate: FarGate, query: Tensor, key: Tensor) -> None:
-    """Set a gate, in place, to the regression of what far places weigh in softmax on what they weigh through the map.
+def fit_gate(feature_map: FeatureMap, far_gate: MixingGate, query: Tensor, key: Tensor) -> None:
+    """Set a gate, in place: the regression of what far positions weigh in softmax on what they weigh through the map.
 
-    The two differ by several nats as a map is made. Left to gradient descent, heads stop looking at far places before
+    The two differ by several nats as a map is made. Left to gradient descent, heads stop looking far before
     the gate gets there, and never look again.
 
     Args:
@@ -207,7 +207,7 @@ def fit_gate(feature_map: FeatureMap, far_gate: FarGate, query: Tensor, key: Ten
 
 
 def _log_ratio(feature_map, query, key, far):
-    """What far places weigh in softmax over what they weigh through the map, in logarithms: (B, H, T)."""
+    """What far positions weigh in softmax over what they weigh through the map, in logarithms: (B, H, T)."""
     query, key = widen(query), widen(key)
     wanted = (query @ key.mT * feature_map.width**-0.5).masked_fill(~far, -torch.inf).logsumexp(dim=-1)
     phi_query, phi_key = feature_map.features(query, key)
@@ -215,14 +215,14 @@ def _log_ratio(feature_map, query, key, far):
 
 
 def _distances(visible):
-    """(T, S), how many places in front of a query a key stands."""
+    """(T, S), how many positions in front of a query a key stands."""
     length, span = visible.shape[-2:]
-    places = torch.arange(span, device=visible.device)
-    return places[span - length :, None] - places
+    positions = torch.arange(span, device=visible.device)
+    return positions[span - length :, None] - positions
 
 
 def _with_near(products, scores, near, gate, floor):
-    """Weights (B, H, T, S): of near places by softmax, of far ones by products of features. See near_attention.py."""
+    """Weights (B, H, T, S): of near positions by softmax, of far ones by products of features. See hybrid.py."""
     scores = scores.masked_fill(~near, -torch.inf)
     total = products.sum(dim=-1, keepdim=True)
     factor = gate.masked_fill(total < floor, -torch.inf)

@@ -44,7 +44,7 @@ def _linear_flops(config):
 
 
 def _near_flops(config):
-    """The same of layers with `near_tokens`, where a chunk's queries meet w places in front of it and its own."""
+    """The same of layers with `near_tokens`, where a chunk's queries meet w positions in front of it and its own."""
     head, features, matrix = head_features(config)
     near, window = config.near_tokens, config.window
     chunk = min(hybrid.CHUNK, near, window)

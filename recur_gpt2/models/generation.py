@@ -1,14 +1,14 @@
 """transformers' `generate()` on our models, for text of any length at constant memory; and reading on from a state.
 
-What `generate` carries from token to token is a `RecurCache`: the buffers of a `Decoder`, and how many places it has
+What `generate` carries from token to token is a `RecurCache`: the buffers of a `Decoder`, and how many positions it has
 seen. It is changed in place; `RecurCache.state()` copies a RecurState out of it, to keep, save or branch from. Not for
-what a token does inside the model: decoding.py and modeling.py.
+what a token does inside the model: decoder.py and modeling.py.
 
 All that touches transformers' `generate` and `Cache` stands here. It was run with transformers 5.17.0, 5.18.0, 5.19.0,
 5.20.2, 5.21.1, 5.22.2, 5.23.0 and 5.24.0. In 5.24 `past_key_values` became `cache`, in outputs, arguments and
 `generate`: CACHE is the word of the version at hand, and both are taken as arguments.
 
-B rows, N places, T tokens a window, D model width.
+B rows, N positions, T tokens a window, D model width.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class RecurCache(Cache):
     """transformers' view of a state that goes on token by token.
 
     Attributes:
-        seen: places of the batch that were read since the cache was made, pads included.
+        seen: positions of the batch that were read since the cache was made, pads included.
         held: hidden states (B, 1, D) of a token that was read already: the next step gives them and reads nothing.
     """
 
@@ -114,7 +114,7 @@ class RecurCache(Cache):
         return self._decoder.step(input_ids)
 
     def go_on(self, state: RecurState, seen: int) -> None:
-        """Take over the state after `seen` more places."""
+        """Take over the state after `seen` more positions."""
         self.seen, self.held = self.seen + seen, None
         if state.batch_size == self.batch_size:
             self._decoder.load(state)
@@ -231,13 +231,13 @@ class RecurGeneration(GenerationMixin):
         is_first_iteration: bool = False,
         cache: RecurCache | None = None,
     ) -> dict:
-        """What transformers calls `forward` with, for the places that were not read yet."""
+        """What transformers calls `forward` with, for the positions that were not read yet."""
         cache = given_cache(cache, past_key_values)
         if next_sequence_length is not None:
             if next_sequence_length < 1:
                 raise InputError(
-                    f"{CACHE} has read {cache.get_seq_length()} places and input_ids hold {input_ids.shape[1]}; give "
-                    f"the whole text so far, or state={CACHE}.state() and what comes after it"
+                    f"{CACHE} has read {cache.get_seq_length()} positions and input_ids hold {input_ids.shape[1]}; "
+                    f"give the whole text so far, or state={CACHE}.state() and what comes after it"
                 )
             input_ids = input_ids[:, -next_sequence_length:]
         if attention_mask is not None:
@@ -300,11 +300,11 @@ class RecurGeneration(GenerationMixin):
     def _generated(
         self, input_ids, attention_mask, cache, state, logits_to_keep, parallel_windows, output_hidden_states
     ) -> RecurGPT2LMOutput:
-        """`forward` with a cache: logits, and the cache after these places."""
-        rows, places = input_ids.shape
+        """`forward` with a cache: logits, and the cache after these positions."""
+        rows, positions = input_ids.shape
         if attention_mask is not None:
-            attention_mask = attention_mask[:, -places:]
-        layers, step = None, cache is not None and places == 1 and rows % cache.batch_size == 0
+            attention_mask = attention_mask[:, -positions:]
+        layers, step = None, cache is not None and positions == 1 and rows % cache.batch_size == 0
         if step and rows > cache.batch_size:
             cache.batch_repeat_interleave(rows // cache.batch_size)
         if step and not output_hidden_states and (attention_mask is None or bool((attention_mask != 0).all())):
@@ -318,14 +318,14 @@ class RecurGeneration(GenerationMixin):
             else:
                 hidden, state = self._read_on(input_ids, attention_mask, state, logits_to_keep, parallel_windows)
             if cache is None:
-                cache = RecurCache(self, state, seen=places)
+                cache = RecurCache(self, state, seen=positions)
             else:
-                cache.go_on(state, seen=places)
-        logits = self.lm_head(kept_places(hidden, logits_to_keep))
+                cache.go_on(state, seen=positions)
+        logits = self.lm_head(kept_positions(hidden, logits_to_keep))
         return RecurGPT2LMOutput(logits=logits, hidden_states=layers, **{CACHE: cache})
 
     def _read_on(self, input_ids, attention_mask, state, logits_to_keep, parallel_windows):
-        """Read a batch in pieces -> hidden states (B, N', D), of few places if few are wanted; state."""
+        """Read a batch in pieces -> hidden states (B, N', D), of few positions if few are wanted; state."""
         size, kept = parallel_windows * self.config.window, []
         wanted = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else input_ids.shape[1]
         masks = [None] * input_ids.shape[1] if attention_mask is None else attention_mask.split(size, dim=1)
@@ -363,8 +363,8 @@ def _for_rows(state, rows):
     return state.select(torch.arange(state.batch_size).repeat_interleave(rows // state.batch_size))
 
 
-def kept_places(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """(B, N, D) -> (B, N', D): the last so many places, or these; all for 0."""
+def kept_positions(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """(B, N, D) -> (B, N', D): the last so many positions, or these; all for 0."""
     if isinstance(logits_to_keep, Tensor):
         return hidden[:, logits_to_keep]
     return hidden[:, -logits_to_keep:]

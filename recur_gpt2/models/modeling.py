@@ -3,7 +3,7 @@
 Notable here:
 - one function, `RecurGPT2Model._run`, takes (tokens, state) to (hidden states, next state); all else goes through it;
 - windows are computed in blocks of `parallel_windows`, layer by layer, wherever memory does not make them wait;
-- padding is squeezed out first, so that rows of any lengths and places in their windows share a batch.
+- padding is squeezed out first, so that rows of any lengths and positions in their windows share a batch.
 
 B rows, N tokens, W windows, T tokens a window, D model width, M memory slots, V vocabulary.
 """
@@ -31,7 +31,7 @@ from .generation import (
     RecurGeneration,
     RecurGPT2LMOutput,
     given_cache,
-    kept_places,
+    kept_positions,
 )
 from .memory import make_recurrence
 from .packing import Packing
@@ -258,7 +258,7 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
             cache: what `generate` carries, in place of a state; it is changed, and returned.
             past_key_values: the same, under its name before transformers 5.24.
             use_cache: True: return a cache in place of a state; False: neither.
-            logits_to_keep: predict at the last so many places alone, or at these; 0 for all.
+            logits_to_keep: predict at the last so many positions alone, or at these; 0 for all.
             return_dict: what transformers calls with; there is no other form.
             The other arguments are those of RecurGPT2Model.
 
@@ -277,7 +277,7 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
                 f"labels have shape {tuple(labels.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
             )
         out = self.transformer(input_ids, attention_mask, state, output_hidden_states, parallel_windows)
-        logits, loss = self.lm_head(kept_places(out.last_hidden_state, logits_to_keep)), None
+        logits, loss = self.lm_head(kept_positions(out.last_hidden_state, logits_to_keep)), None
         if labels is not None:
             all_logits = None if isinstance(logits_to_keep, Tensor) or logits_to_keep else logits
             loss = self._loss(out.last_hidden_state, all_logits, labels, attention_mask)

@@ -11,7 +11,7 @@ Piece = tuple[Tensor, Tensor, Tensor, list[Tensor]]
 
 
 class Packing:
-    """Where the tokens of a padded batch are. B rows, N places a row, of which `lengths[b]` hold a token.
+    """Where the tokens of a padded batch are. B rows, N positions a row, of which `lengths[b]` hold a token.
 
     Attributes:
         ids: (B, N) the batch with every row's tokens in front.
@@ -20,12 +20,12 @@ class Packing:
 
     def __init__(self, ids: Tensor, attention_mask: Tensor | None):
         """`attention_mask`: (B, N), 0 for padding; None for none."""
-        rows, places = ids.shape
+        rows, positions = ids.shape
         if attention_mask is not None and attention_mask.shape != ids.shape:
             raise InputError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; give that of input_ids, {tuple(ids.shape)}"
             )
-        self.lengths = torch.full((rows,), places, dtype=torch.int64)
+        self.lengths = torch.full((rows,), positions, dtype=torch.int64)
         self._order = None
         if attention_mask is not None and not bool((attention_mask != 0).all()):
             self.lengths = (attention_mask != 0).sum(dim=1).cpu()
@@ -43,16 +43,16 @@ class Packing:
 
     def take(self, rows: Tensor, starts: Tensor, count: int) -> Tensor:
         """(R, count) tokens of `rows` (R,) from `starts` (R,) on; token 0 beyond a row's end."""
-        places = starts[:, None] + torch.arange(count)
-        inside = places < self.lengths[rows, None]
-        rows, places = rows.to(self.ids.device), places.clamp_max(self.ids.shape[1] - 1).to(self.ids.device)
-        return self.ids[rows[:, None], places] * inside.to(self.ids.device)
+        positions = starts[:, None] + torch.arange(count)
+        inside = positions < self.lengths[rows, None]
+        rows, positions = rows.to(self.ids.device), positions.clamp_max(self.ids.shape[1] - 1).to(self.ids.device)
+        return self.ids[rows[:, None], positions] * inside.to(self.ids.device)
 
     def unpack(self, pieces: Iterable[Piece]) -> list[Tensor]:
         """Put what was computed back where the tokens stood.
 
         Args:
-            pieces: (rows (R,), first places (R,), token counts (R,), tensors (R, n, D), one a layer), in any order.
+            pieces: (rows (R,), first positions (R,), token counts (R,), tensors (R, n, D), one a layer), in any order.
 
         Returns:
             One (B, N, D) a layer, zero at padding.
@@ -75,16 +75,16 @@ class Packing:
         )
 
     def _scatter(self, pieces, layer):
-        rows, places = self.ids.shape
+        rows, positions = self.ids.shape
         like = pieces[0][3][layer]
-        flat = like.new_zeros(rows * places, like.shape[-1])
+        flat = like.new_zeros(rows * positions, like.shape[-1])
         for piece_rows, starts, counts, tensors in pieces:
             values = tensors[layer]
             offsets = torch.arange(values.shape[1])
             inside = offsets < counts[:, None]
-            target = (piece_rows[:, None] * places + starts[:, None] + offsets)[inside]
+            target = (piece_rows[:, None] * positions + starts[:, None] + offsets)[inside]
             flat = flat.index_copy(0, target.to(flat.device), values[inside.to(values.device)].to(flat.dtype))
-        return flat.view(rows, places, -1)
+        return flat.view(rows, positions, -1)
 
     def _index(self, values):
         order = self._order

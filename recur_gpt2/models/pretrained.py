@@ -10,7 +10,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 
 from ..errors import InputError
 from ..ops.feature_maps import FeatureMap
-from ..ops.hybrid import FarGate
+from ..ops.hybrid import MixingGate
 from .block import STATE_DECAY, RecurGPT2Block, is_new
 from .configuration import OWN_FIELDS, RecurGPT2Config, with_window
 from .feature_map_fitting import fit_feature_maps
@@ -19,7 +19,7 @@ from .memory import LayerMemory, PooledMemory
 from .slot_initialization import fit_slots
 
 NO_LIMIT = int(1e30)  # as transformers says that a tokenizer has none
-NEW_MODULES = LayerMemory | PooledMemory | FeatureMap | FarGate  # what GPT-2 has not
+NEW_MODULES = LayerMemory | PooledMemory | FeatureMap | MixingGate  # what GPT-2 has not
 
 
 class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):

@@ -56,8 +56,8 @@ class RecurState:
             {"pooled": (B, len(pool_layers), D)}, the sums of its hidden states. Layers with linear attention have
             {"linear.<layer>": (B, H, k, D / H + 1)} instead, S with z beside it, and, if they leave memory,
             {"tail.<layer>": (B, 2, H, n, D / H)}, the last n keys and values, aligned to the end, zero in front. With
-            `near_tokens` n is at least that many, memory slots count as places in front, and S and z are without the
-            last `near_tokens` places.
+            `near_tokens` n is at least that many, memory slots count as positions in front, and S and z are without the
+            last `near_tokens` positions.
         origin: the RecurGPT2Model that left it; of a state that was loaded, the fingerprint of that model; None if
             not known. A model refuses a state that another one left.
     """

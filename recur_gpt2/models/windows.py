@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.linear import LinearState, linear_attention
-from ..ops.softmax import KeyValue, resumed_attention, window_attention
+from ..ops.softmax import KeyValue, partial_window_attention, window_attention
 from .state import RecurState
 
 
@@ -254,7 +254,7 @@ class PartialWindows(NewWindows):
     def attend(self, query, key, value, memory: KeyValue | None, **options) -> Tensor:
         memory = None if memory is None else tuple(tensor[:, 0] for tensor in memory)
         parts = query[:, 0], key[:, 0], value[:, 0]
-        return resumed_attention(*parts, memory, self.reads, self._filled_before, **options)[:, None]
+        return partial_window_attention(*parts, memory, self.reads, self._filled_before, **options)[:, None]
 
 
 def ending_at(tensor: Tensor, ends: list[int], count: int) -> Tensor:

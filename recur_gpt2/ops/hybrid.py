@@ -1,14 +1,14 @@
-"""Softmax attention to the nearest places and linear attention to all before them, under one sum. Not for projections.
+"""The sliding-window hybrid: softmax attention to the nearest positions, linear to all before them, under one sum.
 
-With s_ij = q_i . k_j / sqrt(d), w nearest places and a learned log factor g_i = u . q_i + c for each head,
+With s_ij = q_i . k_j / sqrt(d), w nearest positions and a learned log factor g_i = u . q_i + c for each head,
 
     out_i = N_i / D_i,    N_i = sum_{i-w<j<=i} exp(s_ij) v_j + exp(g_i) sum_{j<=i-w} (phi(q_i) . phi(k_j)) v_j,
 
-D_i the same without v (Zhang et al. 2024, "LoLCATs", whose factor is a constant). What later places need of earlier
-ones is of fixed size still: the sums (S, z), and the keys and values of the w last places. Feature maps follow broad
+D_i the same without v (Zhang et al. 2024, "LoLCATs", whose factor is a constant). What later positions need of earlier
+ones is of fixed size still: the sums (S, z), and the keys and values of the w last positions. Feature maps follow broad
 attention well and attention to neighbours badly; docs/t2r.md has what this gains.
 
-B rows, T queries, H heads, w places in front of them, k features, d = D / H, C queries a chunk, G = B H chunks.
+B rows, T queries, H heads, w positions in front of them, k features, d = D / H, C queries a chunk, G = B H chunks.
 """
 
 import torch
@@ -21,14 +21,14 @@ from .feature_maps import FLOOR
 from .linear import LinearState, own_types, running_sums, started
 
 CHUNK = 32  # most queries a chunk: measured at w = 32, 64 and 128 (bench_linear_attention.py)
-NEVER = -1e30  # the score of a place that is not seen: finite, so that a query that sees nothing stays finite too
+NEVER = -1e30  # the score of a position that is not seen: finite, so that a query that sees nothing stays finite too
 
 
-class FarGate(nn.Module):
-    """g_i = u . q_i + c, by how much (in nats) each head's weights of far places are raised. Starts at zero.
+class MixingGate(nn.Module):
+    """g_i = u . q_i + c, by how much (in nats) each head's weights of far positions are raised. Starts at zero.
 
     Attributes:
-        near_tokens: w, places that are near.
+        near_tokens: w, positions that are near.
     """
 
     def __init__(self, heads: int, width: int, near_tokens: int):
@@ -49,7 +49,7 @@ class FarGate(nn.Module):
         return widen(gate) + self.bias[:, None, None]
 
 
-def near_attention(
+def hybrid_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -65,13 +65,13 @@ def near_attention(
 
     Args:
         query: (B, H, T, d), times d^-1/2.
-        key, value: (B, H, w + T, d), w places in front of the first query and its own.
+        key, value: (B, H, w + T, d), w positions in front of the first query and its own.
         query_features: phi(q), (B, H, T, k).
-        key_features: phi(k) of the first T of these places, (B, H, T, k); no query has others far from it.
+        key_features: phi(k) of the first T of these positions, (B, H, T, k); no query has others far from it.
         gate: g, (B, H, T, 1).
-        state: (S, z) of all places before these, or None for zeros.
+        state: (S, z) of all positions before these, or None for zeros.
         mask: (B, w + T) bool, false where there is nothing; None for something everywhere.
-        floor: least sum of far weights, before the factor; below it a query looks at near places alone.
+        floor: least sum of far weights, before the factor; below it a query looks at near positions alone.
 
     Returns:
         (B, H, T, d), of the type of `value`. A query that sees nothing gets some finite numbers.
@@ -115,12 +115,12 @@ def _spans(tensor, near, chunk):
 
 
 class _NearChunks(torch.autograd.Function):
-    """(G, C, .) queries over (G, w + C, .) places, of which those that can be far have features (G, C, k).
+    """(G, C, .) queries over (G, w + C, .) positions, of which those that can be far have features (G, C, k).
 
     Autograd would keep half a dozen (C, w + C) matrices of every chunk. With the numerator's gradient n_i and the
-    denominator's e_i, and W_ij what place j weighs,
+    denominator's e_i, and W_ij what position j weighs,
 
-        dW_ij = n_i . v_j + e_i,    dv_j = sum_i W_ij n_i,    ds_ij = W_ij dW_ij  of near places,
+        dW_ij = n_i . v_j + e_i,    dv_j = sum_i W_ij n_i,    ds_ij = W_ij dW_ij  of near positions,
 
     and far ones pass exp(g_i) dW_ij on to phi(q_i) . phi(k_j). Weights are kept relative to the largest of a query.
     """
@@ -172,10 +172,10 @@ class _NearChunks(torch.autograd.Function):
 
 
 def _scores(q, k, seen):
-    """(G, C, w + C) products of queries with near places, NEVER elsewhere."""
+    """(G, C, w + C) products of queries with near positions, NEVER elsewhere."""
     length, span = q.shape[1], k.shape[1]
-    place = torch.arange(span, device=q.device) - torch.arange(length, device=q.device)[:, None]
+    position = torch.arange(span, device=q.device) - torch.arange(length, device=q.device)[:, None]
     beyond = torch.zeros(length, span, dtype=q.dtype, device=q.device)
-    beyond.masked_fill_((place <= 0) | (place > span - length), NEVER)
+    beyond.masked_fill_((position <= 0) | (position > span - length), NEVER)
     scores = torch.baddbmm(beyond, q, k.mT)
     return scores if seen is None else scores.masked_fill_(~seen, NEVER)

@@ -55,8 +55,8 @@ def window_attention(
     if some is None and query.is_cuda:
         return sdpa(query, key, value, attn_mask=causal_lower_right(length, slots + length), **options)
     if query.device.type != "cpu":
-        return sdpa(query, key, value, attn_mask=visible_places(length, slots, some, query.device), **options)
-    mask = _future(length, slots, query.dtype) if some is None else visible_places(length, slots, some, query.device)
+        return sdpa(query, key, value, attn_mask=visible_positions(length, slots, some, query.device), **options)
+    mask = _future(length, slots, query.dtype) if some is None else visible_positions(length, slots, some, query.device)
     step = QUERIES if torch.is_grad_enabled() else QUERIES_WITHOUT_GRADIENT
     return _in_steps(partial(sdpa, **options), query, key, value, mask, step)
 
@@ -67,7 +67,7 @@ def queries_in_products(length: int) -> int:
     return min(length, max(QUERIES_IN_PRODUCTS, -(-length // 4)))
 
 
-def resumed_attention(
+def partial_window_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -97,8 +97,8 @@ def resumed_attention(
     alike = min(filled) == max(filled) and (not reads or has_memory is True)
     if alike and new == 1 and filled[0] + 1 == length:
         return sdpa(query, key, value, scale=scale, dropout_p=dropout)  # one new token: it sees everything
-    places = torch.tensor(filled)[:, None] + torch.arange(new)  # (B, n)
-    visible = torch.arange(length) <= places[..., None]  # (B, n, F)
+    positions = torch.tensor(filled)[:, None] + torch.arange(new)  # (B, n)
+    visible = torch.arange(length) <= positions[..., None]  # (B, n, F)
     if reads:
         slots = torch.as_tensor(has_memory).expand(len(filled))[:, None, None].expand(-1, new, memory[0].shape[2])
         visible = torch.cat((slots, visible), dim=2)
@@ -129,7 +129,7 @@ def _unread(has_memory, slots, length):
     return ~has_memory[:, None] & (torch.arange(slots + length) < slots)
 
 
-def visible_places(length, slots, some, device):
+def visible_positions(length, slots, some, device):
     """What a query may see: (T, M + T) bool, or (B, 1, T, M + T) where only `some` (B,) rows have memory."""
     visible = _all_visible(length, slots, device)
     return visible if some is None else visible & ~_unread(some, slots, length).to(device)[:, None, None]

@@ -14,7 +14,7 @@ from ..data.batches import Segment
 from ..models.feature_map_fitting import softmax_divergence
 from ..models.modeling import RecurGPT2LMHeadModel
 from ..models.state import RecurState
-from ..ops.softmax import visible_places
+from ..ops.softmax import visible_positions
 
 WEIGHTS = 2**22  # attention weights compared at a time: a few tensors of as many numbers are held
 
@@ -57,7 +57,7 @@ def _divergence(block, query, key, memory, has_memory) -> Tensor:
 
 
 def _summed(block, query, key, has_memory, slots):
-    visible = visible_places(query.shape[2], slots, has_memory, query.device)
+    visible = visible_positions(query.shape[2], slots, has_memory, query.device)
     with torch.autocast(query.device.type, enabled=False):
         divergence = softmax_divergence(block.feature_map, query, key, visible, far_gate=block.far_gate)
     return divergence * len(query)

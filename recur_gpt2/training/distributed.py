@@ -1,8 +1,8 @@
 """Several processes that train one model together, each on documents of its own: what they exchange and agree on.
 
 `torchrun` or `accelerate launch` starts them. One process alone is the common case; then nothing is exchanged. Methods
-are collective: every process calls each of them, in the same order. Not for what is exchanged, which training.py,
-checkpoints.py and experiment.py know.
+are collective: every process calls each of them, in the same order. Not for what is exchanged, which trainer.py,
+checkpoints.py and comparison.py know.
 """
 
 from __future__ import annotations

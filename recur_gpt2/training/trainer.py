@@ -2,7 +2,7 @@
 
 A step reads a segment of K windows in every lane, with the state that the segment before left, detached. Several
 processes, each with lanes of its own, compute what one process with all their lanes would. Not for what a checkpoint
-holds (checkpoints.py), nor for scoring (evaluation.py).
+holds (checkpoints.py), nor for scoring (evaluate.py).
 """
 
 from __future__ import annotations

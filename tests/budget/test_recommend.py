@@ -1,4 +1,4 @@
-"""recommendation.py: what is recommended fits, is the best that does, and runs inside the limit it was made for."""
+"""recommend.py: what is recommended fits, is the best that does, and runs inside the limit it was made for."""
 
 import argparse
 import shlex

@@ -1,4 +1,4 @@
-"""fresh_runs.py: a run is made once for each folder, and what was found is kept after each."""
+"""runs.py: a run is made once for each folder, and what was found is kept after each."""
 
 import json
 

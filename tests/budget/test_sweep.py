@@ -1,4 +1,4 @@
-"""sweep.py, points.py, models.py: what is tried, what is recorded, and that nothing is done twice."""
+"""run.py, points.py, models.py: what is tried, what is recorded, and that nothing is done twice."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""writing.py and `recur-gpt2 generate`: text that is put aside and gone on with is text that was not; the pipeline."""
+"""text_session.py and `recur-gpt2 generate`: text put aside and gone on with is as text that was not; the pipeline."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, pipeline
 import recur_gpt2  # noqa: F401 (registers the model type)
 from recur_gpt2 import RecurGPT2LMHeadModel, RecurState
 from recur_gpt2.cli.main import main
-from recur_gpt2.cli.text_session import TextStream, Writing
+from recur_gpt2.cli.text_session import TextStream
 from recur_gpt2.errors import InputError
 
 MINI, RECURRENT = str(ROOT / "data" / "gpt2-mini"), str(ROOT / "data" / "recur-gpt2-mini")
@@ -29,25 +29,25 @@ def model():
     return RecurGPT2LMHeadModel.from_gpt2(MINI, window=16).double().eval()
 
 
-def written(writing, count):
+def written(session, count):
     pieces = []
-    assert writing.write(count, pieces.append, **GREEDY) == count
+    assert session.write(count, pieces.append, **GREEDY) == count
     return "".join(pieces)
 
 
 def test_a_document_in_turns_is_the_document_at_once(model, tokenizer, tmp_path):
     ids = tokenizer(TEXT)["input_ids"]
-    once = Writing(model, tokenizer)
+    once = TextSession(model, tokenizer)
     once.read(ids)
     whole = written(once, 40)
     expected = model.generate(torch.tensor([ids]), max_new_tokens=40, **GREEDY)[0, len(ids) :]
     assert whole == tokenizer.decode(expected)
-    turns = Writing(model, tokenizer)
+    turns = TextSession(model, tokenizer)
     turns.read(ids[:20])
     turns.read(ids[20:])
     text = written(turns, 7)
     turns.save(tmp_path / "aside")
-    again = Writing(model, tokenizer)
+    again = TextSession(model, tokenizer)
     again.load(tmp_path / "aside")
     assert again.can_write
     text += written(again, 1) + written(again, 32)
@@ -57,10 +57,10 @@ def test_a_document_in_turns_is_the_document_at_once(model, tokenizer, tmp_path)
 
 def test_the_file_is_a_state_of_all_the_text(model, tokenizer, tmp_path):
     ids = tokenizer(TEXT)["input_ids"]
-    writing = Writing(model, tokenizer)
-    writing.read(ids)
-    text = written(writing, 10)
-    writing.save(tmp_path / "aside")
+    session = TextSession(model, tokenizer)
+    session.read(ids)
+    text = written(session, 10)
+    session.save(tmp_path / "aside")
     everything = ids + tokenizer(text)["input_ids"]
     assert_same_state(RecurState.load(tmp_path / "aside"), model.read(everything, progress=False), rtol=1e-9, atol=1e-9)
 
@@ -68,19 +68,19 @@ def test_the_file_is_a_state_of_all_the_text(model, tokenizer, tmp_path):
 def test_a_state_that_was_read_apart_wants_a_prompt(model, tokenizer, tmp_path):
     ids = tokenizer(TEXT)["input_ids"]
     model.read(ids[:50], progress=False).save(tmp_path / "state")
-    writing = Writing(model, tokenizer)
+    session = TextSession(model, tokenizer)
     with pytest.raises(InputError, match="nothing to go on from"):
-        writing.write(3, print)
-    writing.load(tmp_path / "state")
-    assert not writing.can_write
-    writing.read(ids[50:])
+        session.write(3, print)
+    session.load(tmp_path / "state")
+    assert not session.can_write
+    session.read(ids[50:])
     expected = model.generate(torch.tensor([ids]), max_new_tokens=9, **GREEDY)[0, len(ids) :]
-    assert written(writing, 9) == tokenizer.decode(expected)
+    assert written(session, 9) == tokenizer.decode(expected)
 
 
 def test_ctrl_c_keeps_what_was_written(model, tokenizer):
-    writing, pieces = Writing(model, tokenizer), []
-    writing.read(tokenizer(TEXT)["input_ids"])
+    session, pieces = TextSession(model, tokenizer), []
+    session.read(tokenizer(TEXT)["input_ids"])
 
     def interrupting(text):
         pieces.append(text)
@@ -88,12 +88,12 @@ def test_ctrl_c_keeps_what_was_written(model, tokenizer):
             os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    count = writing.write(500, interrupting, **GREEDY)
+    count = session.write(500, interrupting, **GREEDY)
     assert 5 <= count < 20
     assert signal.getsignal(signal.SIGINT) is before
-    longer = Writing(model, tokenizer)
+    longer = TextSession(model, tokenizer)
     longer.read(tokenizer(TEXT)["input_ids"])
-    assert written(longer, count) + written(longer, 6) == "".join(pieces) + written(writing, 6)
+    assert written(longer, count) + written(longer, 6) == "".join(pieces) + written(session, 6)
 
 
 def test_text_streams_in_whole_characters(tokenizer):

@@ -1,4 +1,4 @@
-"""windows.py: every token is a target once, in an order that the seed decides and that can be gone on with anywhere."""
+"""batches.py: every token is a target once, in an order that the seed decides and that can be gone on with anywhere."""
 
 from itertools import count, takewhile
 

@@ -1,4 +1,4 @@
-"""text_files.py: documents come out as they were written, splits hold what they promise, bad files are named."""
+"""files.py: documents come out as they were written, splits hold what they promise, bad files are named."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""embedding.py: each vector is what a plain loop over one document gives, whatever is read beside it."""
+"""embedder.py: each vector is what a plain loop over one document gives, whatever is read beside it."""
 
 from itertools import pairwise
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""embedding_files.py and search.py: a row for every document, whatever happens, and the nearest ones found."""
+"""parquet.py and search.py: a row for every document, whatever happens, and the nearest ones found."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""experiment.py: one model is held at a time, and what is scored is what was finetuned."""
+"""comparison.py: one model is held at a time, and what is scored is what was finetuned."""
 
 import gc
 import shutil

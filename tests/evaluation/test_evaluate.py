@@ -1,4 +1,4 @@
-"""evaluation.py: each protocol against a plain loop that says what it means, and the numbers made from the losses."""
+"""evaluate.py: each protocol against a plain loop that says what it means, and the numbers made from the losses."""
 
 import gc
 import math

@@ -1,4 +1,4 @@
-"""decoding.py: stepping token by token is reading, for every form of memory and attention, wherever the rows are."""
+"""decoder.py: stepping token by token is reading, for every form of memory and attention, wherever the rows are."""
 
 import pytest
 import torch

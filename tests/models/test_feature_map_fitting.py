@@ -9,14 +9,14 @@ from torch.testing import assert_close
 
 from recur_gpt2.models.feature_map_fitting import fit_gate, fit_to_softmax, softmax_divergence
 from recur_gpt2.ops.feature_maps import make_feature_map
-from recur_gpt2.ops.hybrid import FarGate, near_attention
+from recur_gpt2.ops.hybrid import MixingGate, hybrid_attention
 from recur_gpt2.ops.linear import linear_attention
 
 NEAR = 5
 
 
 def random_gate():
-    gate = FarGate(HEADS, WIDTH, NEAR).double()
+    gate = MixingGate(HEADS, WIDTH, NEAR).double()
     for parameter in gate.parameters():
         nn.init.normal_(parameter)
     return gate
@@ -77,7 +77,7 @@ def test_features_that_are_all_zero_are_the_worst_fit():
 
 
 def near_weights(feature_map, gate, query, key):
-    """What `near_attention` makes of one-hot values."""
+    """What `hybrid_attention` makes of one-hot values."""
     rows, _, length, _ = query.shape
     scaled = query * WIDTH**-0.5
     identity = torch.eye(length, dtype=query.dtype).expand(rows, HEADS, -1, -1)
@@ -87,7 +87,7 @@ def near_weights(feature_map, gate, query, key):
     # Values as wide as keys, some columns at a time: the operator takes no others.
     parts = identity.split(WIDTH, dim=-1)
     outs = [
-        near_attention(scaled, key, pad(part, (0, WIDTH - part.shape[-1])), *phi, gate(scaled), mask=there)
+        hybrid_attention(scaled, key, pad(part, (0, WIDTH - part.shape[-1])), *phi, gate(scaled), mask=there)
         for part in parts
     ]
     return torch.cat(outs, dim=-1)[..., :length]
@@ -133,7 +133,7 @@ def test_a_gate_without_far_places_stays_as_it_is():
 
 @pytest.mark.parametrize("name", ["t2r", "rfa", "hedgehog", "elu"])
 def test_fitting_with_near_places_begins_at_the_gate_and_goes_on(name):
-    feature_map, gate = make_feature_map(name, HEADS, WIDTH, 16), FarGate(HEADS, WIDTH, NEAR)
+    feature_map, gate = make_feature_map(name, HEADS, WIDTH, 16), MixingGate(HEADS, WIDTH, NEAR)
     query, key = (random_inputs(4, HEADS, 24, WIDTH, seed=seed, dtype=torch.float32) for seed in (0, 1))
     fit_gate(feature_map, gate, query, key)
     before = softmax_divergence(feature_map, query, key, far_gate=gate).item()

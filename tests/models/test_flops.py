@@ -1,4 +1,4 @@
-"""accounting.py: FLOPs as torch's own counter counts them, memory and time as they are."""
+"""flops.py: FLOPs as torch's own counter counts them, memory and time as they are."""
 
 import sys
 import time

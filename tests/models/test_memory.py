@@ -1,4 +1,4 @@
-"""recurrence.py: what one window leaves for the next equals a loop over windows, documents' starts included."""
+"""memory.py: what one window leaves for the next equals a loop over windows, documents' starts included."""
 
 import naive
 import pytest

@@ -1,4 +1,4 @@
-"""padding.py: padding is squeezed out wherever it stands, and every number comes back to its own token."""
+"""packing.py: padding is squeezed out wherever it stands, and every number comes back to its own token."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""initialization.py: any GPT-2 checkpoint is taken, nothing else is, and slots start where GPT-2 reads them well."""
+"""slot_initialization.py: any GPT-2 checkpoint is taken, nothing else, and slots start where it reads them well."""
 
 import json
 

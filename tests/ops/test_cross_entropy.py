@@ -1,4 +1,4 @@
-"""losses.py: cross-entropy in chunks equals torch's at once, its gradients included."""
+"""cross_entropy.py: cross-entropy in chunks equals torch's at once, its gradients included."""
 
 import pytest
 import torch

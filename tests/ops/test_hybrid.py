@@ -1,4 +1,4 @@
-"""near_attention.py agrees with its definition, ignores what is not there, and stays finite."""
+"""hybrid.py agrees with its definition, ignores what is not there, and stays finite."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from recur_gpt2.ops import hybrid as module
-from recur_gpt2.ops.hybrid import FarGate, near_attention
+from recur_gpt2.ops.hybrid import MixingGate, hybrid_attention
 
 ROWS, HEADS, FEATURES, WIDTH = 2, 3, 5, 4
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -95,9 +95,9 @@ def test_outputs_and_gradients_are_the_definitions(length, near, chunk, carried,
 def compare_with_definition(length, near, carried, masked, seed):
     inputs, state = random_inputs(length, near, seed=seed), random_state(seed) if carried else None
     mask = random_mask(length, near, seed) if masked else None
-    out = near_attention(*inputs, state, mask=mask)
+    out = hybrid_attention(*inputs, state, mask=mask)
     assert_close(seen(out, mask, near), by_definition(*inputs, state, mask=mask), **EXACT)
-    actual = gradients(near_attention, inputs, state, mask, near)
+    actual = gradients(hybrid_attention, inputs, state, mask, near)
     expected = gradients(by_definition, inputs, state, mask, near)
     for one, other in zip(actual, expected, strict=True):
         assert_close(one, other, **EXACT)
@@ -111,7 +111,7 @@ def test_gradients_agree_with_finite_differences():
     def function(*inputs):
         query, key, value, query_features, key_features, gate, sums, norms = inputs
         features = query_features + 0.1, key_features + 0.1  # off zero, where there is nothing far
-        return near_attention(query, key, value, *features, gate, (sums, norms), mask=mask)
+        return hybrid_attention(query, key, value, *features, gate, (sums, norms), mask=mask)
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -122,7 +122,7 @@ def test_where_everything_is_near_it_is_softmax_attention():
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key[:, :, 8:], value[:, :, 8:], is_causal=True, scale=1.0
     )
-    assert_close(near_attention(query, key, value, *rest, mask=mask), expected, **EXACT)
+    assert_close(hybrid_attention(query, key, value, *rest, mask=mask), expected, **EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -130,11 +130,11 @@ def test_where_everything_is_near_it_is_softmax_attention():
 def test_features_that_are_all_zero_leave_the_near_places_alone_and_gradients_finite(dtype, gate):
     inputs = random_inputs(9, 3, dtype=dtype)
     query, key, value, query_features, key_features, gates = inputs
-    nothing = near_attention(query, key, value, query_features, key_features * 0, gates + gate)
-    assert_close(nothing, near_attention(query, key, value, query_features * 0, key_features, gates))
+    nothing = hybrid_attention(query, key, value, query_features, key_features * 0, gates + gate)
+    assert_close(nothing, hybrid_attention(query, key, value, query_features * 0, key_features, gates))
     leaves = [each.requires_grad_() for each in inputs]
     zeroed = leaves[3] * 0, leaves[4] * 0
-    out = near_attention(*leaves[:3], *zeroed, leaves[5] + gate)
+    out = hybrid_attention(*leaves[:3], *zeroed, leaves[5] + gate)
     (out.float() ** 2).sum().backward()
     assert all(each.grad.isfinite().all() for each in leaves)
 
@@ -144,17 +144,17 @@ def test_gates_and_scores_of_any_size_are_no_matter(gate):
     """They would overflow, were they not relative to the largest."""
     query, key, value, *features, gates = random_inputs(9, 2, dtype=torch.float32)
     query, state = 40 * query, tuple(each.float() for each in random_state())
-    out = near_attention(query, key, value, *features, gates + gate, state)
+    out = hybrid_attention(query, key, value, *features, gates + gate, state)
     assert out.isfinite().all()
     if gate > 0:
         key, value = torch.zeros_like(key), torch.where(torch.arange(11)[:, None] >= 9, 1e3, value)
-        far = near_attention(query * 0, key, value, *features, gates + gate, state)
+        far = hybrid_attention(query * 0, key, value, *features, gates + gate, state)
         assert far[:, :, -1].abs().max() < 1e2, "far places alone are looked at"
 
 
 def test_what_is_not_there_gets_no_gradient():
     inputs, mask = random_inputs(9, 4), random_mask(9, 4)
-    _, key, value, _, key_features, _ = gradients(near_attention, inputs, None, mask, 4)
+    _, key, value, _, key_features, _ = gradients(hybrid_attention, inputs, None, mask, 4)
     for grad, there in ((key, mask), (value, mask), (key_features, mask[:, :9])):
         assert (grad.transpose(1, 2)[~there] == 0).all()
 
@@ -162,8 +162,8 @@ def test_what_is_not_there_gets_no_gradient():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_is_near_the_truth_and_keeps_its_type(dtype):
     inputs, state = random_inputs(300, 16, dtype=dtype), tuple(each.float() for each in random_state())
-    exact = near_attention(*(each.double() for each in inputs), tuple(each.double() for each in state))
-    out = near_attention(*inputs, state)
+    exact = hybrid_attention(*(each.double() for each in inputs), tuple(each.double() for each in state))
+    out = hybrid_attention(*inputs, state)
     assert out.dtype == dtype
     error = (out.double() - exact).norm() / exact.norm()
     assert error < 4 * torch.finfo(torch.bfloat16).eps
@@ -172,20 +172,20 @@ def test_16_bit_is_near_the_truth_and_keeps_its_type(dtype):
 def test_autocast_leaves_the_types_alone():
     inputs = random_inputs(9, 4, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_close(near_attention(*inputs), near_attention(*inputs), rtol=0, atol=0)
-        actual = near_attention(*inputs)
-    assert torch.equal(actual, near_attention(*inputs))
+        assert_close(hybrid_attention(*inputs), hybrid_attention(*inputs), rtol=0, atol=0)
+        actual = hybrid_attention(*inputs)
+    assert torch.equal(actual, hybrid_attention(*inputs))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_it_compiles_without_a_break():
     inputs, mask = random_inputs(11, 4), random_mask(11, 4)
-    compiled = torch.compile(near_attention, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(*inputs, mask=mask), near_attention(*inputs, mask=mask), **EXACT)
+    compiled = torch.compile(hybrid_attention, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*inputs, mask=mask), hybrid_attention(*inputs, mask=mask), **EXACT)
 
 
 def test_a_gate_is_an_affine_function_of_the_query():
-    gate = FarGate(HEADS, WIDTH, 4).double()
+    gate = MixingGate(HEADS, WIDTH, 4).double()
     query = random_inputs(6, 1)[0]
     assert (gate(query) == 0).all()
     torch.nn.init.normal_(gate.weight)

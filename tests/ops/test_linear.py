@@ -1,4 +1,4 @@
-"""linear_attention.py: naive, chunked and stepwise agree with the definition, carry (S, z) alike, and ignore pads."""
+"""linear.py: naive, chunked and stepwise agree with the definition, carry (S, z) alike, and ignore pads."""
 
 import pytest
 import torch

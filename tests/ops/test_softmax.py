@@ -1,4 +1,4 @@
-"""attention.py: every kernel gives what an explicit softmax over the visible keys gives, and is causal."""
+"""softmax.py: every kernel gives what an explicit softmax over the visible keys gives, and is causal."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from naive import attend
 from torch.testing import assert_close
 
 from recur_gpt2.ops import softmax
-from recur_gpt2.ops.softmax import LONGEST_PRODUCTS, resumed_attention, window_attention
+from recur_gpt2.ops.softmax import LONGEST_PRODUCTS, partial_window_attention, window_attention
 
 ROWS, HEADS, WIDTH, SLOTS, SCALE = 3, 2, 4, 3, 0.4
 NOBODY, SOME, ALL = [False] * 3, [True, False, True], [True] * 3
@@ -52,7 +52,7 @@ def windowed(inputs, has_memory, memory=True, **options):
 def resumed(inputs, has_memory, filled, memory=True):
     query, key, value, *slots = inputs
     slots = slots if memory else None
-    return resumed_attention(query, key, value, slots, told(has_memory), list(filled), scale=SCALE)
+    return partial_window_attention(query, key, value, slots, told(has_memory), list(filled), scale=SCALE)
 
 
 def rounded(inputs, dtype, device="cpu"):

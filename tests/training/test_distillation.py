@@ -1,4 +1,4 @@
-"""transfer.py: feature maps learn the attention of the softmax model that they came from, and nothing else does."""
+"""distillation.py: feature maps learn the attention of the softmax model that they came from, and nothing else does."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""training.py: what a run computes, and that a run killed at any moment ends as one that was not."""
+"""trainer.py: what a run computes, and that a run killed at any moment ends as one that was not."""
 
 import math
 import os

@@ -11,7 +11,7 @@ from ...errors import InputError, check_range
 from ...evaluation.protocols import PROTOCOLS
 from ..tasks import STEP_TOKENS, TASKS, t2r_flags
 
-NEAR = 4  # t2r: a window's fraction of places near a query that keep softmax
+NEAR = 4  # t2r: a window's fraction of positions near a query that keep softmax
 
 
 @dataclass(frozen=True)

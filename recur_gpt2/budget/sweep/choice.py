@@ -1,4 +1,4 @@
-"""The best of what a sweep measured within a memory budget. `recommendation.py` chooses without a sweep."""
+"""The best of what a sweep measured within a memory budget. `recommend.py` chooses without a sweep."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The measurements of a sweep: a method at a window under each budget, and documents of growing length.
 
 Each is made in a fresh process that is held to its budget; running out of memory is a result. What they cost is
-measured here, how well a method predicts is sweep_models.py's.
+measured here, how well a method predicts is models.py's.
 """
 
 from __future__ import annotations

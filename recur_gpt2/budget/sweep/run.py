@@ -1,9 +1,9 @@
 """A memory-budget sweep: for each budget, method and window what finetuning or reading costs, and how well it predicts.
 
-Memory and speed are measured for each point with settings that fit its budget (sweep_points.py). How well a model
+Memory and speed are measured for each point with settings that fit its budget (points.py). How well a model
 predicts is a matter of method and window alone, since every optimizer step has as many tokens in segments of one
-length, however many lanes it takes at a time: one finetuning serves all budgets (sweep_models.py). Rows are kept as
-they come, so that a sweep can be stopped and gone on with. Pictures and words are sweep_report.py's.
+length, however many lanes it takes at a time: one finetuning serves all budgets (models.py). Rows are kept as
+they come, so that a sweep can be stopped and gone on with. Pictures and words are report.py's.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _ladder(least, most):
 
 
 def _settings(args):
-    """As sweep_report.py takes them."""
+    """As report.py takes them."""
     machine = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
     machine |= {"threads": torch.get_num_threads()}
     machine |= {name: version(name) for name in ("recur-gpt2", "torch", "transformers")}

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...ops.hybrid import near_attention
+from ...ops.hybrid import hybrid_attention
 from ...ops.linear import absorb
 from ...ops.softmax import KeyValue
 from ...utils.tensors import widen
@@ -66,7 +66,7 @@ class HybridAttention:
         scaled = query * block.attn.head_dim**-0.5
         mask = self._mask(positions)
         options = {"mask": mask, "floor": block.feature_map.floor}
-        out = near_attention(scaled, key, value, *features, block.far_gate(scaled), unpacked(self.sums), **options)
+        out = hybrid_attention(scaled, key, value, *features, block.far_gate(scaled), unpacked(self.sums), **options)
         leaving = absorb(features[1], value[:, :, :1], unpacked(self.sums), mask=mask[:, :1])
         self.sums.copy_(packed(leaving))
         return out
@@ -145,7 +145,7 @@ class _Block:
         scaled = query * block.attn.head_dim**-0.5
         start = None if self.start is None else tuple(each.flatten(0, 1) for each in unpacked(self.start))
         options = {"mask": self.mask.to(query.device), "floor": block.feature_map.floor}
-        out = near_attention(scaled, key, value, *features, block.far_gate(scaled), start, **options)
+        out = hybrid_attention(scaled, key, value, *features, block.far_gate(scaled), start, **options)
         return out.unflatten(0, self.positions.shape[:2])
 
     def sums(self) -> Tensor:

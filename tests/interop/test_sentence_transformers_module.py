@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.modules import Normalize
 
 from recur_gpt2 import DocumentEmbedder, InputError
-from recur_gpt2.embedding.sentence_transformers import RecurGPT2Embedding, load
+from recur_gpt2.sentence_transformers import RecurGPT2Embedding, load
 
 FOLDER = str(DATA / "recur-gpt2-mini")
 TEXTS = [

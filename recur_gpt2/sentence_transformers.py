@@ -1,7 +1,7 @@
 """DocumentEmbedder as a module of sentence-transformers, an optional extra: `encode`, `similarity`, evaluation tools.
 
     from sentence_transformers import SentenceTransformer
-    from recur_gpt2.embedding.sentence_transformers import RecurGPT2Embedding, load
+    from recur_gpt2.sentence_transformers import RecurGPT2Embedding, load
 
     model = SentenceTransformer(modules=[RecurGPT2Embedding.from_pretrained("folder")])
     model.save_pretrained("embedder")
@@ -24,12 +24,12 @@ from sentence_transformers.util import import_from_string
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.bundle import BATCH_TOKENS, POOLING
-from ..errors import InputError
-from ..models.modeling import RecurGPT2LMHeadModel
-from .batching import Reader, Tokens
-from .embedder import DocumentEmbedder
-from .pooling import dimension, pool
+from .data.bundle import BATCH_TOKENS, POOLING
+from .embedding.batching import Reader, Tokens
+from .embedding.embedder import DocumentEmbedder
+from .embedding.pooling import dimension, pool
+from .errors import InputError
+from .models.modeling import RecurGPT2LMHeadModel
 
 
 class RecurGPT2Embedding(InputModule):
