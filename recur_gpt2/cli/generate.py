@@ -10,6 +10,7 @@ from pathlib import Path
 from ..data.bundle import BUNDLED_RECURRENT
 from ..errors import LARGEST_FLOAT, LARGEST_SEED, InputError, check_range
 from ..utils.files import check_can_write
+from .text_session import TextSession
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -78,7 +78,7 @@ class Reader:
     """Reads documents with the first `layer` layers of a model.
 
     Attributes:
-        padded: pads that went through the model so far; `read` counts all taken, them included.
+        padded: pads that went through the model so far; `read` counts all positions, them included.
     """
 
     def __init__(self, model: RecurGPT2Model, layer: int, batch_tokens: int):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, pipeline
 import recur_gpt2  # noqa: F401 (registers the model type)
 from recur_gpt2 import RecurGPT2LMHeadModel, RecurState
 from recur_gpt2.cli.main import main
-from recur_gpt2.cli.text_session import TextStream
+from recur_gpt2.cli.text_session import TextSession, TextStream
 from recur_gpt2.errors import InputError
 
 MINI, RECURRENT = str(ROOT / "data" / "gpt2-mini"), str(ROOT / "data" / "recur-gpt2-mini")
