@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .configuration import OWN_FIELDS
+
 SAMPLES = 16  # numbers of each parameter: finetuning changes nearly all of them
 FLOAT16_STEP = 2.0**-24  # between two of its smallest numbers, whose rounding is no part of what they are
 _known: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = WeakKeyDictionary()
@@ -76,8 +78,6 @@ def _parsed(fingerprint) -> tuple[str, torch.dtype, Tensor]:
     return shape, kind, torch.frombuffer(bytearray(base64.b64decode(text)), dtype=stored).double()
 
 
-SHAPING = {
-    *("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "window", "position_offset", "insert_layers"),
-    *("pool_layers", "sink_slots", "last_slots", "pooled_slots", "linear_layers", "feature_map", "near_tokens"),
-    "carry_linear_state",
-}
+# What says how a model computes and no shape does.
+SHAPING = {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size", *OWN_FIELDS}
+SHAPING -= {"recurrence", "recurrence_width", "feature_size"}

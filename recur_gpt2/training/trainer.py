@@ -23,6 +23,7 @@ from ..data.batches import TrainingLanes
 from ..data.corpora import Corpus
 from ..errors import InputError
 from ..models.block import is_feature_map, is_new
+from ..models.configuration import OWN_FIELDS
 from ..models.modeling import RecurGPT2LMHeadModel
 from .arguments import TrainingArguments
 from .checkpoints import Checkpoint, Checkpoints
@@ -225,30 +226,10 @@ class Trainer:
 
 
 MODEL_SETTINGS = {
-    "window",
-    "insert_layers",
-    "pool_layers",
-    "sink_slots",
-    "last_slots",
-    "pooled_slots",
-    "recurrence_width",
-    "position_offset",
-    "linear_layers",
-    "feature_map",
-    "feature_size",
-    "near_tokens",
-    "carry_linear_state",
-    "n_layer",
-    "n_embd",
-    "n_head",
-    "n_inner",
-    "n_positions",
-    "vocab_size",
-    "activation_function",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-}
+    *("n_layer", "n_embd", "n_head", "n_inner", "n_positions", "vocab_size", "activation_function"),
+    *("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    *OWN_FIELDS,
+} - {"recurrence"}  # a preset's name: its fields say what it is
 
 
 def _check_what_learns(model, args):
