@@ -7,7 +7,7 @@
 
 `quality`: data/gpt2-mini with each attention, finetuned by `recur-gpt2 finetune` on the same windows in the same order,
 for the same number of steps; with attention transfer, a quarter of them is the transfer. Each kind of attention has the
-learning rate that was best for it in a trial on the validation books (docs/notes.md). The ratio is of token perplexity
+learning rate that was best for it in a trial on the validation books (docs/t2r.md). The ratio is of token perplexity
 to softmax's, with a bootstrap interval over documents. The record lets it be stopped and started again.
 `decode`: milliseconds a token behind 100 tokens of a document and behind all of it, in turns. The last line is JSON.
 """
@@ -32,7 +32,7 @@ from recur_gpt2.evaluation.evaluate import resample
 from recur_gpt2.utils.allocator import tune_allocator
 
 MODEL = ROOT / "data" / "gpt2-mini"
-# The best of the few tried for each kind of attention on the validation books at window 256; docs/notes.md has them.
+# The best of the few tried for each kind of attention on the validation books at window 256; docs/t2r.md has them.
 RATES = {"softmax": "3e-5", "near": "3e-5", "linear": "3e-4"}
 ADAPTED = "wikitext-103-sample"  # which gpt2-mini, a model of books, is finetuned on before anything is converted
 ADAPTING = "--window 1024 --recurrence none --lanes 8 --bptt 1 --steps 120 --lr 1e-3 --no-control --rows recurrent"
