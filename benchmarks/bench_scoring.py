@@ -178,7 +178,7 @@ def _transformers_scorer(model, settings):
 
 def _our_scorer(model, settings):
     """Windows as rows of a batch where they are read apart, otherwise as one row's windows, with its state."""
-    read = compiled(model.transformer.read, settings)
+    read = compiled(model.transformer.forward_windows, settings)
     apart = settings.variant == "disjoint"
     head = model.lm_head.weight
 

@@ -174,7 +174,7 @@ def _our_loss(model, arguments, settings):
     from recur_gpt2.data.batches import Segment
     from recur_gpt2.training.loss import SegmentLoss
 
-    model.transformer.read = compiled(model.transformer.read, settings)
+    model.transformer.forward_windows = compiled(model.transformer.forward_windows, settings)
     segment_loss, state = SegmentLoss(model, arguments), None
     inside = torch.zeros(settings.lanes, settings.bptt, dtype=torch.bool)  # no document starts: memory everywhere
     index = inside.long()

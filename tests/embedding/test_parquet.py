@@ -239,7 +239,7 @@ def test_searches_that_cannot_be_made_are_refused(texts, embedder, capsys):
 def test_without_faiss_it_says_what_to_install(texts, capsys, monkeypatch):
     embed()
     Path("q.txt").write_text("a query")
-    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr("recur_gpt2.embedding.search.faiss", None)
     assert "pip install 'recur-gpt2[search]'" in search_error(capsys, "e.parquet", "--query-file", "q.txt")
 
 

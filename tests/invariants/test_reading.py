@@ -297,6 +297,6 @@ def test_the_state_does_not_grow_with_the_document(make_model, form):
 @pytest.mark.parametrize("form", ALL_FORMS)
 @torch.no_grad()
 def test_whole_windows_read_together_leave_a_state_of_one(make_model, form):
-    read = make_model(form).transformer.read
+    read = make_model(form).transformer.forward_windows
     states = [read(random_ids(1, n, WINDOW), torch.zeros(1, n, dtype=torch.bool))[1] for n in (1, 2, 40)]
     assert len(set(map(held, states))) == 1

@@ -72,7 +72,7 @@ def embedded(make_model, monkeypatch):
 @pytest.mark.parametrize("form", WITH_MEMORY + LINEAR_WITH_MEMORY)
 def test_gradients_reach_as_far_back_as_the_segment_and_no_further(make_model, embedded, form, parallel):
     model, windows = make_model(form), 3
-    read, seen, state = model.transformer.read, embedded(model), None
+    read, seen, state = model.transformer.forward_windows, embedded(model), None
     continues = torch.zeros(2, parallel, dtype=torch.bool)
     for segment in range(2):
         state = None if state is None else state.detach()
