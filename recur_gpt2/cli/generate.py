@@ -10,7 +10,6 @@ from pathlib import Path
 from ..data.bundle import BUNDLED_RECURRENT
 from ..errors import LARGEST_FLOAT, LARGEST_SEED, InputError, check_range
 from ..utils.files import check_can_write
-from .text_session import TextSession
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +85,7 @@ def _session(args):
     from ..models.hub import load_tokenizer
     from ..models.loading import load_any
     from ..utils.device import checked_device
+    from .text_session import TextSession
 
     tokenizer = load_tokenizer(args.model)
     model = load_any(args.model, args.window, args.recurrence)

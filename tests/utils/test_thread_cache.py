@@ -70,3 +70,11 @@ runpy.{program}, run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.stdout == f"begins again {THREAD_CACHE}=0 False\n", done.stderr
+
+
+@glibc_only
+def test_a_variable_keeps_commands_from_beginning_again():
+    environment = {name: value for name, value in os.environ.items() if name != TUNABLES} | {"RECUR_GPT2_RESTART": "0"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert len(done.stdout.splitlines()) == 1
