@@ -35,7 +35,7 @@ class Encoder:
         return np.concatenate([np.empty(0, np.int32), *self.stream(text)])
 
     def stream(self, text: str) -> Iterator[np.ndarray]:
-        """The same in stretches (n,) int32, tokenised when they are asked for."""
+        """The same in blocks (n,) int32, tokenised when they are asked for."""
         for some in batched(self._pieces(text), PIECES):
             for encoding in self._plain.encode_batch_fast(some, add_special_tokens=False):
                 yield np.array(encoding.ids, np.int32)

@@ -27,14 +27,14 @@ WAITING = 64  # times as many documents as are read side by side may wait for th
 class Tokens:
     """The tokens of one document, tokenised when they are needed: rows (n,) of ids, or (n, 3) with offsets."""
 
-    def __init__(self, stretches: Iterator[np.ndarray]):
-        self._stretches, self._held, self._count = stretches, [], 0
+    def __init__(self, blocks: Iterator[np.ndarray]):
+        self._blocks, self._held, self._count = blocks, [], 0
 
     def fill(self, count: int) -> int:
         """Have up to `count` tokens at hand -> how many are."""
-        while self._count < count and (stretch := next(self._stretches, None)) is not None:
-            self._held.append(stretch)
-            self._count += len(stretch)
+        while self._count < count and (block := next(self._blocks, None)) is not None:
+            self._held.append(block)
+            self._count += len(block)
         return min(self._count, count)
 
     def take(self, count: int) -> np.ndarray:
@@ -183,7 +183,7 @@ class Reader:
             yield [numbers[row] for row in rows], some
 
     def _nearly_equal(self, order, lengths):
-        """Cut an order of documents, by length in stretches, into batches with few pads."""
+        """Cut an order of documents, by length in blocks, into batches with few pads."""
         batch, pads = [], 0
         for row in order:
             if batch:

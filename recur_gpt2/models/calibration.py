@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-SAMPLES = 32  # stretches of tokens that the position shifts are averaged over
+SAMPLES = 32  # sequences of tokens that the position shifts are averaged over
 FREQUENCY_CONTEXT = 2  # random tokens before the model is asked how frequent each token is
 
 

@@ -67,7 +67,7 @@ class Packing:
         return [torch.zeros_like(values).scatter(1, self._index(values), values) for values in packed]
 
     def _whole(self, pieces):
-        """Whether the pieces are all rows, one stretch after another, with no padding in them."""
+        """Whether the pieces are all rows, one block after another, with no padding in them."""
         rows = len(self.lengths)
         return all(
             len(piece_rows) == rows and bool((counts == tensors[0].shape[1]).all())

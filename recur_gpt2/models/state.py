@@ -42,7 +42,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RecurState:
-    """What a model carries from one stretch of a document to the next, for B rows.
+    """What a model carries from one block of a document to the next, for B rows.
 
     Attributes:
         windows: (B,) int64 on the CPU, full windows read since the row's document began; a row has memory once
