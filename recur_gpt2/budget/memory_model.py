@@ -32,8 +32,8 @@ FLOAT, LOW = 4, 2
 LIBRARIES = {"train": 15 * 2**20, "accumulated": 25 * 2**20, "recomputed": 9 * 2**20, "read": 16 * 2**20}
 THREAD = 7 * 2**20  # without gradients, too: each thread of PyTorch's but the first (measured with two)
 # With recomputation, too: what oneDNN keeps for each shape of a product in 16 bit. Windows with memory have their own,
-# and linear attention has.
-KERNELS, MORE_KERNELS = 16 * 2**20, 29 * 2**20
+# and linear attention has: with it 29 MiB on an AMD processor, and some 55 on an Intel one with AMX.
+KERNELS, MEMORY_KERNELS, LINEAR_KERNELS = 16 * 2**20, 29 * 2**20, 40 * 2**20
 # glibc's heap over what lives in it. Tensors are aligned, so that the hole left by one does not fit its like: what is
 # made and freed tears it.
 HEAP = {"train": 1.25, "accumulated": 1.31, "recomputed": 1.18}
@@ -151,7 +151,8 @@ def _recomputed(config, work, weights):
     layer = tokens * max(_saved(config, each, work.width) + _returning(config, each, work.width) for each in layers)
     logits, casts = _loss(config, work, tokens, with_gradients=True), _casts(config, work) // config.n_layer
     activations, logits, casts = (layer, 0, casts) if layer + casts > logits else (0, logits, 0)
-    kernels = MORE_KERNELS if config.insert_layers or config.linear_layers else KERNELS
+    kernels = MEMORY_KERNELS if config.insert_layers else KERNELS
+    kernels = LINEAR_KERNELS if config.linear_layers else kernels
     kernels = kernels if work.width == LOW else 0
     return _with_heap("recomputed", weights, weights, 2 * weights, casts, activations, state, logits, kernels)
 
