@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,21 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..utils.tensors import IGNORE_INDEX
-from .corpora import Corpus
+
+
+class DocumentSource(Protocol):
+    """What lanes are filled from, as a `corpora.Corpus` is: to import that takes the libraries that it reads with.
+
+    Attributes:
+        num_documents: None where only reading them all can tell.
+        fingerprint: another one for other documents.
+    """
+
+    num_documents: int | None
+    fingerprint: str
+
+    def documents(self, seed: int | None = None, epoch: int = 0, skip: int = 0) -> Iterator[np.ndarray]:
+        """Token ids (n,) of each document of an epoch, without the first `skip`, in the order that the seed makes."""
 
 
 @dataclass
@@ -129,7 +144,7 @@ class TrainingLanes(Lanes):
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: DocumentSource,
         *,
         lanes: int,
         window: int,

@@ -19,8 +19,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ..data.batches import TrainingLanes
-from ..data.corpora import Corpus
+from ..data.batches import DocumentSource, TrainingLanes
 from ..errors import InputError
 from ..models.block import is_feature_map, is_new
 from ..models.configuration import OWN_FIELDS
@@ -40,7 +39,7 @@ class Trainer:
     def __init__(
         self,
         model: RecurGPT2LMHeadModel,
-        corpus: Corpus,
+        corpus: DocumentSource,
         args: TrainingArguments,
         folder: Path,
         *,
