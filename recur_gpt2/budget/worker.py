@@ -165,7 +165,6 @@ class RandomCorpus:
 
 
 def _measure(job: Job) -> dict:
-
     base = limit_memory(job.budget)
     feature_map_fitting.FIT_STEPS = feature_map_fitting.DISTIL_STEPS = 1  # as high a peak as all of them
     model = load_any(job.model, job.window, job.recurrence, **job.options).to(job.device)
@@ -178,7 +177,6 @@ def _measure(job: Job) -> dict:
 
 
 def _train(model, job):
-
     work = job.workload
     args = TrainingArguments(
         steps=job.steps,
@@ -197,7 +195,6 @@ def _train(model, job):
 
 
 def _score(model, job):
-
     length = job.length or 4 * job.workload.windows * job.window + 1
     documents = list(_random_documents(model, job.workload.lanes, length))
     scored = evaluate(
@@ -213,7 +210,6 @@ def _score(model, job):
 
 
 def _embed(model, job):
-
     tokenizer = load_tokenizer(job.model)
     length = job.length or 4 * job.workload.windows * job.window
     texts = [tokenizer.decode(ids) for ids in _random_documents(model, job.workload.lanes, length)]
@@ -227,7 +223,6 @@ def _embed(model, job):
 @torch.no_grad()
 def _generate(model, job):
     """A prompt of some windows read, then text written after it, in every lane. Weights in 16 bit, if it is that."""
-
     model = model.to(_dtype(job) or torch.float32)
     prompt = torch.zeros(job.workload.lanes, job.workload.windows * job.window, dtype=torch.int64, device=job.device)
     new = max(2, job.length or 2 * job.window)

@@ -11,6 +11,8 @@ from ..errors import InputError, check_range
 from ..training.arguments import TrainingArguments
 from .protocols import ROWS
 
+PARALLEL_WINDOWS = 4  # of a document computed at once: enough on a CPU (docs/performance.md)
+
 
 @dataclass
 class ComparisonArguments:
@@ -71,7 +73,7 @@ class EvaluationArguments:
     """Tokens to score, as many from the start of each document; 0 for all."""
     lanes: int = 8
     """Documents read in one batch."""
-    parallel_windows: int = 4
+    parallel_windows: int = PARALLEL_WINDOWS
     """Windows of a document computed at once."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What to compute in; auto: whichever a short trial finds faster."""

@@ -34,8 +34,8 @@ from ..training.trainer import Trainer
 from ..utils.allocator import release_memory
 from ..utils.device import checked_device
 from ..utils.files import atomic_write_text, clear_unfinished, settings_file
-from .arguments import ComparisonArguments
-from .evaluate import PARALLEL_WINDOWS, Evaluation, evaluate, gap_covered_interval
+from .arguments import PARALLEL_WINDOWS, ComparisonArguments
+from .evaluate import Evaluation, evaluate, gap_covered_interval
 from .protocols import ROWS, obstacle
 from .report import gap_covered, write_report
 from .scoring import by_document, evaluation_documents

@@ -29,10 +29,10 @@ from ..models.state import RecurState
 from ..ops.cross_entropy import token_losses
 from ..utils.measure import Meter
 from ..utils.tensors import IGNORE_INDEX
+from .arguments import PARALLEL_WINDOWS
 from .protocols import PROTOCOLS
 
 RESAMPLES = 2000
-PARALLEL_WINDOWS = 4  # of a document computed at once: enough on a CPU (docs/performance.md)
 
 
 @dataclass

@@ -39,8 +39,8 @@ class Decoder:
         block, config = self.model.h[layer], self.config
         slots = config.memory_slots if layer in config.insert_layers else 0
         last = None
-        if str(layer) in self.model.recurrence:
-            last = config.window if config.pooled_slots else config.last_slots
+        if block.name in self.model.recurrence:
+            last = self.model.recurrence[block.name].last_positions(config.window)
         attention = attention_of(block)
         attention.allocate(rows, config.window, slots, last, like)
         return attention

@@ -41,6 +41,10 @@ class LayerMemory(nn.Module):
         """M, slots that windows attend to."""
         return self.sink.shape[2] + self.pooled_slots + self.last_slots
 
+    def last_positions(self, window: int) -> int:
+        """n, positions at the end of a window of T tokens that memory is written from."""
+        return window if self.pooled_slots else self.last_slots
+
     def reset_parameters(self):
         """Pooling starts near the mean, and carries half of the old memory."""
         nn.init.normal_(self.pool_query, std=0.02)

@@ -58,7 +58,7 @@ class OwnMemory:
         self.is_written, self.slots, self.last_positions = module is not None, 0, 0
         if module is not None:
             self.slots = module.slots
-            self.last_positions = windows.window if module.pooled_slots else module.last_slots
+            self.last_positions = module.last_positions(windows.window)
         self.carried = windows.state.memory.get(f"linear.{name}")
 
     def write(self, keys_and_values: Callable[[], KeyValue]) -> None:

@@ -43,7 +43,7 @@ class NewWindows:
     @property
     def is_padded(self) -> bool:
         """Whether a window that holds tokens has pads behind them."""
-        return any(self.filled)
+        return self.has_unfinished
 
     @property
     def has_unfinished(self) -> bool:

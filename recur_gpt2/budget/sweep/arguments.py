@@ -8,6 +8,7 @@ from typing import Literal
 
 from ...data.bundle import BUNDLED_MODEL
 from ...errors import InputError, check_range
+from ...evaluation.arguments import ComparisonArguments
 from ...evaluation.protocols import PROTOCOLS
 from ..tasks import STEP_TOKENS, TASKS, t2r_flags
 
@@ -81,7 +82,7 @@ class SweepArguments:
     """Folder of models and scores to use and add to, an earlier sweep's or your own; None: in --output-dir."""
     eval_split: Literal["train", "validation", "test"] = "test"
     """Documents that are scored."""
-    eval_tokens: int = 147456
+    eval_tokens: int = ComparisonArguments.eval_tokens
     """Tokens to score, as many from the start of each document; 0: memory and speed alone, nothing is finetuned."""
     precision: Literal["float32", "bfloat16"] | None = None
     """What to compute in; None: what this processor is made for."""

@@ -21,12 +21,13 @@ from pathlib import Path
 from ...data.corpora import load_corpus
 from ...errors import InputError
 from ...models.hub import load_config, load_tokenizer
+from ...training.arguments import TrainingArguments
 from ..recommend import SEGMENT
 from ..runs import finetuned
 from ..tasks import STEP_TOKENS
 from .arguments import Method
 
-LANES = 8  # of a finetuning, with fewer where a window is long: what `recur-gpt2 finetune` has
+LANES = TrainingArguments.lanes  # of a finetuning, with fewer where a window is long
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ that are made once and written in place.
     step(hidden, positions)             layer input (B, 1, D) of one token -> (B, H, 1, d)
     last_positions(rows), total(rows)   what the memory of full windows is written from
     begin(rows, memory, carried)        begin a new window in some rows
-    save(name, filled), load(window, name, filled)      to and from RecurState.window
+    save(filled), load(window, filled)  to and from RecurState.window
 
 B rows, W windows, T tokens a window, D width, H heads, d = D / H.
 """

@@ -36,12 +36,12 @@ class HybridAttention:
         name = self.block.name
         query, key, value = self.block.project(hidden)
         memory.write(lambda: windows.last_positions(name, key, value, memory.last_positions))
-        block = _Block(self.block, windows, memory, key, value)
-        attended = block.attend(query)
-        memory.carry(block.sums_of_all)
+        prefixed = _PrefixedWindows(self.block, windows, memory, key, value)
+        attended = prefixed.attend(query)
+        memory.carry(prefixed.sums_of_all)
         if not windows.has_unfinished:
             return attended, {}
-        return attended, {f"linear.{name}": (block.sums(),), f"tail.{name}": (block.tails(),)}
+        return attended, {f"linear.{name}": (prefixed.sums(),), f"tail.{name}": (prefixed.tails(),)}
 
     def allocate(self, rows: int, window: int, slots: int, last: int | None, like: Tensor) -> None:
         """Make the buffers; arguments as those of SoftmaxAttention."""
@@ -122,7 +122,7 @@ class HybridAttention:
         return index >= self.kept - min(self.kept, self.slots) * positions.reads[:, None]
 
 
-class _Block:
+class _PrefixedWindows:
     """A block of windows with the positions before them."""
 
     def __init__(self, block: RecurGPT2Block, windows: NewWindows, memory: WindowMemory, key: Tensor, value: Tensor):
