@@ -39,7 +39,7 @@ from common import (
 )
 from transformers import DynamicCache
 
-from recur_gpt2.models.generation import CACHE
+from recur_gpt2.models.outputs import CACHE
 from recur_gpt2.utils.measure import Meter, peak_resident
 
 PROMPT = 16  # tokens

@@ -11,6 +11,7 @@ from .models.auto_classes import register_when_needed
 
 if TYPE_CHECKING:
     from .embedding.embedder import DocumentEmbedder
+    from .models.classification import RecurGPT2ForSequenceClassification, RecurGPT2ForTokenClassification
     from .models.configuration import RecurGPT2Config
     from .models.conversion import convert_to_t2r
     from .models.modeling import RecurGPT2LMHeadModel, RecurGPT2Model
@@ -20,6 +21,8 @@ __all__ = [
     "DocumentEmbedder",
     "InputError",
     "RecurGPT2Config",
+    "RecurGPT2ForSequenceClassification",
+    "RecurGPT2ForTokenClassification",
     "RecurGPT2LMHeadModel",
     "RecurGPT2Model",
     "RecurState",
@@ -30,6 +33,8 @@ __version__ = "0.1.0"
 _MODULES = {
     "DocumentEmbedder": "embedding.embedder",
     "RecurGPT2Config": "models.configuration",
+    "RecurGPT2ForSequenceClassification": "models.classification",
+    "RecurGPT2ForTokenClassification": "models.classification",
     "RecurGPT2LMHeadModel": "models.modeling",
     "RecurGPT2Model": "models.modeling",
     "RecurState": "models.state",
@@ -40,7 +45,7 @@ _MODULES = {
 def __getattr__(name):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(".models.modeling", __name__)  # first of all: it registers our classes
+    import_module(".models.classification", __name__)  # first of all: it registers our classes
     value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     return value
 

@@ -78,7 +78,8 @@ def write_layer_memory(recurrence, key, value, old):
 
 def read_layer_memory(recurrence, raw):
     """Raw memory (2, H, slots, d) -> keys and values (H, M, d)."""
-    return torch.cat((recurrence.sink, raw + recurrence.shift), dim=2).unbind(0)
+    memory = raw if recurrence.shift is None else raw + recurrence.shift
+    return (memory if recurrence.sink is None else torch.cat((recurrence.sink, memory), dim=2)).unbind(0)
 
 
 def read_pooled_memory(recurrence, means):
@@ -139,15 +140,15 @@ def _write_memory(core, config, cache, outputs, old):
         return [outputs[layer].mean(dim=0) for layer in config.pool_layers]
     old = old or {}
     return {
-        layer: write_layer_memory(core.recurrence[str(layer)], *cache[layer], old.get(layer))
+        layer: write_layer_memory(core.recurrence.get(str(layer)), *cache[layer], old.get(layer))
         for layer in config.insert_layers
     }
 
 
 def _read_memory(core, block, layer, memory):
     if isinstance(memory, dict):
-        return read_layer_memory(core.recurrence[str(layer)], memory[layer])
-    embeddings = read_pooled_memory(core.recurrence["pooled"], memory)
+        return read_layer_memory(core.recurrence.get(str(layer)), memory[layer])
+    embeddings = read_pooled_memory(core.recurrence.get("pooled"), memory)
     _, key, value = block.attn.c_attn(block.ln_1(embeddings)).chunk(3, dim=1)
     heads = block.attn.num_heads
     return split_heads(key, heads), split_heads(value, heads)

@@ -29,10 +29,10 @@ from ..evaluation import comparison  # noqa: F401 (what only a whole run imports
 from ..evaluation.evaluate import evaluate
 from ..models import feature_map_fitting
 from ..models.configuration import RecurGPT2Config
-from ..models.generation import CACHE
 from ..models.hub import load_tokenizer
 from ..models.loading import load_any
 from ..models.modeling import RecurGPT2LMHeadModel
+from ..models.outputs import CACHE
 from ..training.arguments import TrainingArguments
 from ..training.loss import SegmentLoss
 from ..training.optimizer import make_optimizer

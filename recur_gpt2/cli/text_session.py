@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
-from ..models.generation import RecurCache
+from ..models.cache import RecurCache
 from ..models.modeling import RecurGPT2LMHeadModel
 from ..models.state import RecurState
 

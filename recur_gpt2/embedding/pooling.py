@@ -19,10 +19,11 @@ def check_pooling(model: RecurGPT2Model, pooling: str, layer: int) -> None:
         raise InputError(f"pooling={pooling!r} is not known; use one of {', '.join(POOLINGS)}")
     if "memory" not in pooling:
         return
-    if not len(model.recurrence) or not model.config.pooled_slots + model.config.last_slots:
+    names = model.recurrence.names()
+    if not names or not model.config.pooled_slots + model.config.last_slots:
         raise InputError(f"pooling={pooling!r} needs a model with a recurrence, and this one has none; use mean")
-    if "pooled" not in model.recurrence and str(layer - 1) not in model.recurrence:
-        having = ", ".join(str(int(name) + 1) for name in model.recurrence)
+    if "pooled" not in names and str(layer - 1) not in names:
+        having = ", ".join(str(int(name) + 1) for name in names)
         raise InputError(f"layer={layer} leaves no memory for pooling={pooling!r}; use a layer that does: {having}")
 
 
@@ -77,7 +78,7 @@ def memory_vectors(model: RecurGPT2Model, layer: int, reading: Reading) -> Tenso
 
 def _memory(model, layer, state: RecurState):
     if "pooled" in state.memory:
-        recurrence: PooledMemory = model.recurrence["pooled"]
+        recurrence: PooledMemory = model.recurrence.get("pooled")
         return recurrence.read(state.memory["pooled"]).mean(dim=1)
     values = state.memory[str(layer - 1)][:, 1]  # (B, H, slots, d)
     return values.mean(dim=2).flatten(1)

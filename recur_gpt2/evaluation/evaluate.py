@@ -27,6 +27,7 @@ from ..models.flops import flops_per_token
 from ..models.modeling import RecurGPT2LMHeadModel
 from ..models.state import RecurState
 from ..ops.cross_entropy import token_losses
+from ..ops.matmul import weight_of
 from ..utils.measure import Meter
 from ..utils.tensors import IGNORE_INDEX
 from .arguments import PARALLEL_WINDOWS
@@ -243,7 +244,8 @@ class _Reader:
         length = self.model.config.window
         lanes = Lanes((documents[n] for n in order), lanes=min(self.lanes, len(order)), window=length)
         losses = [np.empty(len(tokens) - 1, np.float32) for tokens in documents]
-        head = self.model.lm_head.weight if self.dtype is None else self.model.lm_head.weight.to(self.dtype)
+        head = weight_of(self.model.lm_head)
+        head = head if self.dtype is None else head.to(self.dtype)
         bar = tqdm(total=sum(map(len, losses)), unit="tok", unit_scale=True, disable=not self.progress, leave=False)
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
         try:

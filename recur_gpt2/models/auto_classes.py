@@ -1,8 +1,8 @@
 """Registers our classes with transformers' Auto classes once these are imported, so that `import recur_gpt2` is quick.
 
-modeling.py registers them at its end, and takes seconds to import. It is imported here when transformers' Auto classes
-have been, in whichever order a user imports the two packages: not before the outermost import of a module of either
-has ended, since it needs what may be halfway then.
+modeling.py and classification.py register them at their ends, and take seconds to import. They are imported here when
+transformers' Auto classes have been, in whichever order a user imports the two packages: not before the outermost
+import of a module of either has ended, since they need what may be halfway then.
 """
 
 import sys
@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 
 AUTO_CLASSES = "transformers.models.auto.configuration_auto"  # imported with any of them
-OURS = "recur_gpt2.models.modeling"
+OURS = "recur_gpt2.models.classification"
 
 
 class _Finder(MetaPathFinder):

@@ -21,9 +21,13 @@ TOKENS_AT_ONCE = 1024
 STATE_DECAY = -2.0  # logit of the factor that a new layer's carried (S, z) decays by
 
 
+HEADS = {"score", "classifier"}  # of models that classify
+NEW = {"recurrence", "feature_map", "far_gate", "state_decay"} | HEADS
+
+
 def is_new(name: str) -> bool:
     """Whether a parameter of this name is none of GPT-2's."""
-    return any(part in {"recurrence", "feature_map", "far_gate", "state_decay"} for part in name.split("."))
+    return not NEW.isdisjoint(name.split("."))
 
 
 def is_feature_map(name: str) -> bool:
@@ -112,6 +116,8 @@ class RecurGPT2Block(GPT2Block):
         """Fold phi's matrix into the projections of queries and keys, if there is one and nothing else needs them."""
         if not isinstance(self.feature_map, AffineMap) or self.far_gate is not None:
             return
+        if not isinstance(self.attn.c_attn, Projection):
+            return  # wrapped in an adapter, which must be merged first
         scale = self.feature_map.query_scale * self.query_factor
         weights, biases = [], []
         for part, factor in enumerate((scale, 1.0)):
@@ -139,10 +145,8 @@ class RecurGPT2Block(GPT2Block):
 
     def project_memory(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, D) supplementary embeddings -> key, value, each (B, H, M, D / H). Memory never queries."""
-        c_attn = self.attn.c_attn
-        width = c_attn.weight.shape[0]
-        projected = self.ln_1(embeddings) @ c_attn.weight[:, width:].to(embeddings.dtype)
-        return tuple(map(self._split_heads, (projected + c_attn.bias[width:]).chunk(2, dim=-1)))
+        _, key, value = self.project(embeddings)  # queries too: the layer may be wrapped in an adapter
+        return key, value
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Layer input (B, T, D) and what its heads attended to (B, H, T, D / H) -> layer output (B, T, D)."""

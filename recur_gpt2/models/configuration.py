@@ -53,6 +53,7 @@ class RecurGPT2Config(GPT2Config):
     """
 
     model_type = "recur_gpt2"
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "state"]  # noqa: RUF012 (transformers' Trainer asks)
 
     # No longest text: transformers would warn of one.
     attribute_map = {name: own for name, own in GPT2Config.attribute_map.items() if own != "n_positions"}  # noqa: RUF012
@@ -189,4 +190,7 @@ def with_window(config: GPT2Config, window: int, **options) -> RecurGPT2Config:
     """The configuration that a GPT-2's becomes with a window and other fields of RecurGPT2Config."""
     fields = config.to_dict() | options | {"window": window}
     fields.pop("model_type")
+    if "num_labels" in options:  # which their names would contradict
+        fields.pop("id2label", None)
+        fields.pop("label2id", None)
     return RecurGPT2Config(**fields)

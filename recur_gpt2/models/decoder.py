@@ -38,9 +38,8 @@ class Decoder:
     def _layer(self, layer, rows, like):
         block, config = self.model.h[layer], self.config
         slots = config.memory_slots if layer in config.insert_layers else 0
-        last = None
-        if block.name in self.model.recurrence:
-            last = self.model.recurrence[block.name].last_positions(config.window)
+        recurrence = self.model.recurrence.get(block.name)
+        last = None if recurrence is None else recurrence.last_positions(config.window)
         attention = attention_of(block)
         attention.allocate(rows, config.window, slots, last, like)
         return attention
@@ -143,9 +142,10 @@ class Decoder:
         """Write the memory of full windows."""
         for layer, each in enumerate(self.layers):
             name = str(layer)
-            if name in self.model.recurrence:
+            recurrence = self.model.recurrence.get(name)
+            if recurrence is not None:
                 before = self.memory[name][rows] if name in self.memory else None
-                left = self.model.recurrence[name].write(*each.last_positions(rows), before, had_memory)
+                left = recurrence.write(*each.last_positions(rows), before, had_memory)
                 self._keep(name, rows, left[:, 0])
             if each.block.state_decay is not None:
                 self._keep(f"linear.{name}", rows, each.total(rows))
@@ -162,11 +162,12 @@ class Decoder:
         """New windows of rows that have memory."""
         embeddings = None
         if self.config.pool_layers:
-            embeddings = self.model.recurrence["pooled"].read(self.memory["pooled"][rows])
+            embeddings = self.model.recurrence.get("pooled").read(self.memory["pooled"][rows])
         for layer, each in enumerate(self.layers):
             name, memory, carried = str(layer), None, None
-            if name in self.model.recurrence:
-                memory = self.model.recurrence[name].read(self.memory[name][rows])
+            recurrence = self.model.recurrence.get(name)
+            if recurrence is not None:
+                memory = recurrence.read(self.memory[name][rows])
             elif embeddings is not None and layer in self.config.insert_layers:
                 memory = each.block.project_memory(embeddings)
             if each.block.state_decay is not None:

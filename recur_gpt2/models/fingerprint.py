@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration import OWN_FIELDS
+from .memory import LayerMemory
 
 SAMPLES = 16  # numbers of each parameter: finetuning changes nearly all of them
 FLOAT16_STEP = 2.0**-24  # between two of its smallest numbers, whose rounding is no part of what they are
@@ -57,9 +58,9 @@ def _made(model):
     config = {key: value for key, value in model.config.to_dict().items() if key in SHAPING}
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
     samples, kind = [], torch.float64
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        if not parameter.is_floating_point():  # quantised: its name and shape must do
+    for name, shape, parameter in _parameters(model):
+        digest.update(f"{name} {shape}".encode())
+        if parameter is None or not parameter.is_floating_point():  # quantised: its name and shape must do
             continue
         kind = max(kind, parameter.dtype, key=lambda each: torch.finfo(each).eps)
         flat = parameter.detach().flatten()
@@ -69,6 +70,15 @@ def _made(model):
     numbers = numbers if kind == torch.float64 else numbers.float()
     text = base64.b64encode(numbers.numpy().tobytes()).decode()
     return f"{digest.hexdigest()}:{str(kind).removeprefix('torch.')}:{text}"
+
+
+def _parameters(model):
+    """(name, shape, parameter) of all, and None for those of slots that a memory has none of, which it once had."""
+    for prefix, module in model.named_modules():
+        shapes = module.shapes if isinstance(module, LayerMemory) else {}
+        own = {name: tuple(each.shape) for name, each in module.named_parameters(recurse=False)}
+        for name, shape in (shapes | own).items():
+            yield f"{prefix}.{name}".lstrip("."), shape, module._parameters[name]
 
 
 def _parsed(fingerprint) -> tuple[str, torch.dtype, Tensor]:

@@ -27,7 +27,7 @@ def load_any(name_or_path: str, window: int | None = None, recurrence: str = "no
             f"{name_or_path} was made for window={config.window}, not {window}; give --window {config.window}"
         )
     with refusing_damage(f"the weights of {name_or_path}"):
-        model, found = RecurGPT2LMHeadModel.from_pretrained(name_or_path, output_loading_info=True)
+        model, found = RecurGPT2LMHeadModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
     refuse_missing(found, name_or_path, "model of recur_gpt2")
     return _read(model.eval())
 

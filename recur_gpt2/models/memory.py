@@ -9,6 +9,8 @@ attends to). Whatever is learned per slot is applied on reading: it gets its gra
 segment of truncated BPTT.
 """
 
+from math import prod
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -28,18 +30,22 @@ class LayerMemory(nn.Module):
         super().__init__()
         heads, width = config.n_head, config.n_embd // config.n_head
         self.pooled_slots, self.last_slots = config.pooled_slots, config.last_slots
-        carried = config.pooled_slots + config.last_slots
-        self.sink = nn.Parameter(torch.zeros(2, heads, config.sink_slots, width))
-        self.shift = nn.Parameter(torch.zeros(2, heads, carried, width))
-        self.pool_query = nn.Parameter(torch.empty(heads, config.pooled_slots, width))
-        self.gate_weight = nn.Parameter(torch.zeros(heads, config.pooled_slots, width))
-        self.gate_bias = nn.Parameter(torch.zeros(heads, config.pooled_slots))
+        self.sink_slots = config.sink_slots
+        self.shapes = {
+            "sink": (2, heads, config.sink_slots, width),
+            "shift": (2, heads, config.pooled_slots + config.last_slots, width),
+            "pool_query": (heads, config.pooled_slots, width),
+            "gate_weight": (heads, config.pooled_slots, width),
+            "gate_bias": (heads, config.pooled_slots),
+        }
+        for name, shape in self.shapes.items():  # of no slots no parameter: tools stumble over empty ones
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)) if prod(shape) else None)
         self.reset_parameters()
 
     @property
     def slots(self) -> int:
         """M, slots that windows attend to."""
-        return self.sink.shape[2] + self.pooled_slots + self.last_slots
+        return self.sink_slots + self.pooled_slots + self.last_slots
 
     def last_positions(self, window: int) -> int:
         """n, positions at the end of a window of T tokens that memory is written from."""
@@ -47,9 +53,11 @@ class LayerMemory(nn.Module):
 
     def reset_parameters(self):
         """Pooling starts near the mean, and carries half of the old memory."""
-        nn.init.normal_(self.pool_query, std=0.02)
-        for parameter in (self.sink, self.shift, self.gate_weight, self.gate_bias):
-            nn.init.zeros_(parameter)
+        for name, parameter in self.named_parameters():
+            if name == "pool_query":
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.zeros_(parameter)
 
     def write(self, key: Tensor, value: Tensor, previous: Tensor | None, has_memory: Tensor) -> Tensor:
         """Raw memory after each of W full windows.
@@ -75,16 +83,15 @@ class LayerMemory(nn.Module):
 
     def read(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """(..., 2, H, slots, d) raw memory -> keys and values (..., H, M, d), sinks first."""
-        memory = raw + self.shift.to(raw.dtype)
-        if self.sink.shape[2]:
+        memory = raw if self.shift is None else raw + self.shift.to(raw.dtype)
+        if self.sink is not None:
             sink = self.sink.to(raw.dtype).expand(*raw.shape[:-4], *self.sink.shape)
             memory = torch.cat((sink, memory), dim=-2)
         return memory.unbind(dim=-4)
 
     def empty(self, batch_size: int, like: Tensor) -> Tensor:
         """Raw memory for rows that have none (its values are never attended to)."""
-        _, heads, slots, width = self.shift.shape
-        return like.new_zeros(batch_size, 2, heads, slots, width)
+        return like.new_zeros(batch_size, *self.shapes["shift"])
 
     def _pool(self, key, value):
         """Attention of learned queries over a window's positions, each head its own -> (B, W, 2, H, S, d)."""
@@ -126,11 +133,27 @@ class PooledMemory(nn.Module):
         return rearrange(self.net(mixed.to(self.mix.dtype)), "... (m d) -> ... m d", m=self.slots)
 
 
-def make_recurrence(config: RecurGPT2Config) -> nn.ModuleDict:
-    """The modules by name: a LayerMemory for each insertion layer, or one PooledMemory, or none."""
-    if config.pool_layers:
-        return nn.ModuleDict({"pooled": PooledMemory(config)})
-    return nn.ModuleDict({str(layer): LayerMemory(config) for layer in config.insert_layers})
+class Recurrence(nn.Module):
+    """All that makes memory, by name: a LayerMemory for each insertion layer, one PooledMemory, "pooled", or nothing.
+
+    Not an nn.ModuleDict, which PEFT would not take as one of its `modules_to_save`; and asked by methods alone, which
+    pass through what PEFT puts around it.
+    """
+
+    def __init__(self, config: RecurGPT2Config):
+        super().__init__()
+        if config.pool_layers:
+            self.add_module("pooled", PooledMemory(config))
+            return
+        for layer in config.insert_layers:
+            self.add_module(str(layer), LayerMemory(config))
+
+    def get(self, name: str) -> LayerMemory | PooledMemory | None:
+        """The module of this name, if there is one."""
+        return self._modules.get(name)
+
+    def names(self) -> list[str]:
+        return list(self._modules)
 
 
 def gated_scan(fresh: Tensor, gate: Tensor, first: Tensor | None, has_memory: Tensor) -> Tensor:

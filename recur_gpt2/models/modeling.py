@@ -10,51 +10,30 @@ B rows, N tokens, W windows, T tokens a window, D model width, M memory slots, V
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
-from transformers.utils import ModelOutput
 
 from ..errors import InputError
 from ..ops.cross_entropy import loss_of_logits, summed_loss
-from ..ops.matmul import Head
+from ..ops.matmul import Head, weight_of
 from ..utils.tensors import IGNORE_INDEX, product_type
 from .attention_layers.softmax import AttentionHook
+from .attention_weights import AttentionWeights, joined_weights
 from .block import RecurGPT2Block
+from .cache import RecurCache, given_cache
 from .configuration import RecurGPT2Config
-from .generation import (
-    CACHE,
-    PARALLEL_WINDOWS,
-    RecurCache,
-    RecurGeneration,
-    RecurGPT2LMOutput,
-    given_cache,
-    kept_positions,
-)
-from .memory import make_recurrence
+from .generation import PARALLEL_WINDOWS, RecurGeneration, kept_positions
+from .inputs import check_labels, check_positions, packed_inputs, refuse_cross_attention, shape_of
+from .memory import Recurrence
+from .outputs import CACHE, RecurGPT2LMOutput, RecurGPT2Output
 from .packing import Packing
 from .pretrained import RecurGPT2PreTrainedModel
 from .schedule import CallLayer, LayerSchedule, PooledSchedule
 from .state import Origin, RecurState
 from .windows import NewWindows, PartialWindows
-
-
-@dataclass
-class RecurGPT2Output(ModelOutput):
-    """Output of RecurGPT2Model.
-
-    Attributes:
-        last_hidden_state: (B, N, D), zero at padding.
-        state: to go on from.
-        hidden_states: with `output_hidden_states`, L + 1 tensors (B, N, D): the embeddings, then each layer's output,
-            the last one after the final layer norm.
-    """
-
-    last_hidden_state: Tensor | None = None
-    state: RecurState | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class RecurGPT2Model(RecurGPT2PreTrainedModel):
@@ -67,7 +46,8 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([RecurGPT2Block(config, layer_idx=layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.recurrence = make_recurrence(config)
+        self.recurrence = Recurrence(config)
+        self.gradient_checkpointing = False  # transformers' switch
         self.post_init()
 
     def get_input_embeddings(self):
@@ -78,46 +58,76 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         state: RecurState | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         parallel_windows: int = 1,
         layer: int | None = None,
-    ) -> RecurGPT2Output:
+        *,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> RecurGPT2Output | tuple:
         """Read any number of tokens.
 
         Args:
             input_ids: (B, N) int64.
             attention_mask: (B, N), 0 for padding, which may stand anywhere and changes nothing.
             state: where the rows' documents go on from; None for their start.
-            output_hidden_states: return every layer's hidden states too.
+            output_hidden_states: return every layer's hidden states too. None: as the configuration says.
             parallel_windows: P, windows of a row to compute at once. More is faster and takes more memory; the
                 results are the same.
             layer: l, to return the output of the first l layers, as transformers' hidden_states[l]; what lies above
                 and moves nothing below is not computed. A state goes on only with the `layer` that left it.
+            inputs_embeds: (B, N, D), in place of ids.
+            token_type_ids: (B, N), whose embeddings are added to the tokens', as GPT-2 does.
+            position_ids: (B, N) 0 to n - 1, as they are anyhow. Others are refused.
+            output_attentions: return attention weights too, which are not made otherwise. None: as the configuration
+                says.
+            return_dict: False: a tuple of all that is not None. None: as the configuration says.
 
         Raises:
-            InputError: the state is of another batch size or `layer`, or there are no tokens.
+            InputError: the state is of another batch size or `layer`, or there are no tokens; or what windows do not
+                allow.
         """
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise InputError(f"input_ids of shape {tuple(input_ids.shape)} hold no tokens; give (batch, tokens)")
-        packing = Packing(input_ids, attention_mask)
-        if not bool(packing.lengths.any()):
-            raise InputError("attention_mask is 0 everywhere; give at least one token")
+        packing = packed_inputs(self.wte, input_ids, inputs_embeds, token_type_ids, attention_mask)
+        shape, _ = shape_of(input_ids, inputs_embeds)
+        if position_ids is not None:
+            check_positions(position_ids, attention_mask, shape, goes_on=state is not None)
         depth = self._checked_depth(layer)
-        state = self._checked_state(state, len(input_ids), depth)
-        pieces = []
-        done = torch.zeros(len(input_ids), dtype=torch.int64)
+        state = self._checked_state(state, shape[0], depth)
+        every_layer = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        show = self.config.output_attentions if output_attentions is None else output_attentions
+        if show and self.config.linear_layers:
+            raise InputError(
+                f"output_attentions=True: layers {self.config.linear_layers} have linear attention, which has no "
+                f"weights to return; leave it out"
+            )
+        pieces, weights = [], []
+        done = torch.zeros(len(packing.lengths), dtype=torch.int64)
         while bool((done < packing.lengths).any()):
-            rows, windows, ids, tokens = self._next_windows(packing, state, done, parallel_windows)
-            hidden, read = self._run(ids, windows, every_layer=output_hidden_states, depth=depth)
+            rows, windows, block, tokens = self._next_windows(packing, state, done, parallel_windows)
+            hook = AttentionWeights() if show else None
+            hidden, read = self._run(block, windows, every_layer=every_layer, depth=depth, hook=hook)
             state = read if len(rows) == len(done) else state.merge(rows, read)
             pieces.append((rows, done[rows], tokens, [h.flatten(1, 2) for h in hidden]))
+            weights += [hook.layers()] if show else []
             done = done.index_add(0, rows, tokens)
         layers = packing.unpack(pieces)
         state = replace(state, origin=Origin.of(self))
-        return RecurGPT2Output(layers[-1], state, tuple(layers) if output_hidden_states else None)
+        attentions = self._unpacked_weights(packing, pieces, weights) if show else None
+        out = RecurGPT2Output(layers[-1], state, tuple(layers) if every_layer else None, attentions)
+        return out if self._returns_dict(return_dict) else out.to_tuple()
+
+    def _unpacked_weights(self, packing, pieces, weights) -> tuple[Tensor, ...]:
+        """Attention weights of each piece -> (B, H, N, M + F) a layer."""
+        pieces = [(*piece[:3], each) for piece, each in zip(pieces, joined_weights(weights), strict=True)]
+        return tuple(
+            each.unflatten(2, (self.config.n_head, -1)).transpose(1, 2).contiguous() for each in packing.unpack(pieces)
+        )
 
     def forward_windows(
         self,
@@ -179,7 +189,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             raise InputError(f"the state holds {state.batch_size} rows and input_ids {rows}; give one row for each")
         state.checked_for(self)
         layers = set(map(str, range(depth)))
-        needed = {*(layers & set(self.recurrence) if state.memory else ()), *(layers if state.window else ())}
+        needed = {*(layers & set(self.recurrence.names()) if state.memory else ()), *(layers if state.window else ())}
         if needed - {key.split(".")[-1] for key in state.memory | state.window}:
             raise InputError(f"the state was left by fewer layers than the {depth} to read; give the same `layer`")
         return state.to(self.wte.weight.device, product_type(self.wte.weight))
@@ -202,13 +212,16 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         has_memory = torch.ones(len(rows), windows, dtype=torch.bool)
         has_memory[:, 0] = picked.windows > 0
         ids = packing.take(rows, done[rows], int(tokens.max()) if windows == 1 else windows * window)
-        return rows, NewWindows(picked, has_memory, tokens, window), ids.view(len(rows), windows, -1), tokens
+        return rows, NewWindows(picked, has_memory, tokens, window), ids.unflatten(1, (windows, -1)), tokens
 
-    def _run(self, input_ids, windows, *, every_layer=False, depth=None, **options):
-        """(B, W, T) tokens -> list of hidden states (B, W, T, D) of the first `depth` layers, or the last; state."""
+    def _run(self, tokens, windows, *, every_layer=False, depth=None, **options):
+        """(B, W, T) ids or (B, W, T, D) embeddings -> list of hidden states (B, W, T, D) of the first `depth` layers,
+        or the last; state."""
         depth = self.config.n_layer if depth is None else depth
-        positions = windows.positions(input_ids.shape[2], self.config.position_offset).to(input_ids.device)
-        embedded = self.drop(self.wte(input_ids) + self.wpe(positions))
+        positions = windows.positions(tokens.shape[2], self.config.position_offset).to(tokens.device)
+        embedded = self.drop((self.wte(tokens) if tokens.ndim == 3 else tokens) + self.wpe(positions))
+        if self.gradient_checkpointing and self.training and not options.get("call_layer") and not options.get("hook"):
+            options["call_layer"] = self._gradient_checkpointing_func  # which transformers sets
         form = PooledSchedule if self.config.pool_layers else LayerSchedule
         schedule = form(self, windows, depth=depth, every_layer=every_layer, **options)
         hidden = schedule.run(embedded)
@@ -222,6 +235,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
 class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, GenerationMixin):  # named: transformers looks
     """The transformer with GPT-2's language-modeling head (tied to the embeddings unless the configuration says no)."""
 
+    accepts_loss_kwargs = True  # transformers' Trainer: num_items_in_batch
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 (transformers reads it so)
 
     def __init__(self, config: RecurGPT2Config):
@@ -238,63 +252,84 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         state: RecurState | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         parallel_windows: int = 1,
         past_key_values: RecurCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
         cache: RecurCache | None = None,
-    ) -> RecurGPT2LMOutput:
+        *,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> RecurGPT2LMOutput | tuple:
         """Read any number of tokens and predict each one's successor.
 
         Args:
             labels: (B, N) int64, as `input_ids`: they are shifted inside, so that the first one is predicted by no
                 position. -100 is not scored, nor is padding.
-            cache: what `generate` carries, in place of a state; it is changed, and returned.
+            cache: what `generate` carries, in place of a state; it is changed, and returned. With it, logits at padding
+                are those of the row's token before.
             past_key_values: the same, under its name before transformers 5.24.
             use_cache: True: return a cache in place of a state; False: neither.
             logits_to_keep: predict at the last so many positions alone, or at these; 0 for all.
-            return_dict: what transformers calls with; there is no other form.
+            num_items_in_batch: what the summed loss is divided by, in place of the number of labels that are scored:
+                transformers' Trainer counts them over all that it accumulates.
+            encoder_hidden_states, encoder_attention_mask: refused.
             The other arguments are those of RecurGPT2Model.
 
         Raises:
             InputError: as RecurGPT2Model, or labels of another shape, or with a cache.
         """
+        refuse_cross_attention(
+            encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask
+        )
+        check_labels(labels, *shape_of(input_ids, inputs_embeds))
         cache = given_cache(cache, past_key_values)
+        options = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        for name, given in {
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+        }.items():
+            options[name] = getattr(self.config, name) if given is None else given
         if cache is not None or use_cache:
             if labels is not None or (cache is not None and state is not None):
                 raise InputError(f"{CACHE} cannot be combined with labels or a state; give a state in its place")
             windows = max(parallel_windows, PARALLEL_WINDOWS)
-            cached = input_ids, attention_mask, cache, state, logits_to_keep, windows, output_hidden_states
-            return self._generated(*cached)
-        if labels is not None and labels.shape != input_ids.shape:
-            raise InputError(
-                f"labels have shape {tuple(labels.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
-            )
-        out = self.transformer(input_ids, attention_mask, state, output_hidden_states, parallel_windows)
-        logits, loss = self.lm_head(kept_positions(out.last_hidden_state, logits_to_keep)), None
+            out = self._generated(input_ids, attention_mask, cache, state, logits_to_keep, windows, options)
+            return out if self._returns_dict(return_dict) else out.to_tuple()
+        read = self.transformer(
+            input_ids, attention_mask, state, parallel_windows=parallel_windows, return_dict=True, **options
+        )
+        logits, loss = self.lm_head(kept_positions(read.last_hidden_state, logits_to_keep)), None
         if labels is not None:
             all_logits = None if isinstance(logits_to_keep, Tensor) or logits_to_keep else logits
-            loss = self._loss(out.last_hidden_state, all_logits, labels, attention_mask)
-        state = None if use_cache is False else out.state
-        return RecurGPT2LMOutput(loss, logits, state, out.hidden_states)
+            loss = self._loss(read.last_hidden_state, all_logits, labels, attention_mask, num_items_in_batch)
+        state = None if use_cache is False else read.state
+        out = RecurGPT2LMOutput(loss, logits, state, read.hidden_states, read.attentions)
+        return out if self._returns_dict(return_dict) else out.to_tuple()
 
-    def _loss(self, hidden, logits, labels, attention_mask):
+    def _loss(self, hidden, logits, labels, attention_mask, num_items_in_batch):
         """Of all logits, if they are there; of hidden states otherwise."""
         packing = Packing(labels, attention_mask)
-        targets = nn.functional.pad(packing.ids[:, 1:], (0, 1), value=IGNORE_INDEX)
+        targets = nn.functional.pad(packing.tokens[:, 1:], (0, 1), value=IGNORE_INDEX)
         inside = torch.arange(targets.shape[1]) < packing.lengths[:, None] - 1
-        targets = packing.unpacked(targets.masked_fill(~inside.to(targets.device), IGNORE_INDEX))
+        targets = packing.unpacked(targets.masked_fill(~inside.to(targets.device), IGNORE_INDEX)).to(hidden.device)
         if logits is not None:
             total = loss_of_logits(logits, targets)
         else:  # a few rows' logits were kept: the others are never made
-            total = summed_loss(hidden, self.lm_head.weight, targets)
-        return total / (targets != IGNORE_INDEX).sum().clamp_min(1)
+            total = summed_loss(hidden, weight_of(self.lm_head), targets)
+        items = (targets != IGNORE_INDEX).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
 
 AutoConfig.register(RecurGPT2Config.model_type, RecurGPT2Config)

@@ -5,8 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-
 Piece = tuple[Tensor, Tensor, Tensor, list[Tensor]]
 
 
@@ -14,24 +12,20 @@ class Packing:
     """Where the tokens of a padded batch are. B rows, N positions a row, of which `lengths[b]` hold a token.
 
     Attributes:
-        ids: (B, N) the batch with every row's tokens in front.
+        tokens: (B, N), or (B, N, D) of embeddings, the batch with every row's tokens in front.
         lengths: (B,) int64 on the CPU.
     """
 
-    def __init__(self, ids: Tensor, attention_mask: Tensor | None):
-        """`attention_mask`: (B, N), 0 for padding; None for none."""
-        rows, positions = ids.shape
-        if attention_mask is not None and attention_mask.shape != ids.shape:
-            raise InputError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; give that of input_ids, {tuple(ids.shape)}"
-            )
+    def __init__(self, tokens: Tensor, attention_mask: Tensor | None):
+        """`tokens`: (B, N) or (B, N, D). `attention_mask`: (B, N), 0 for padding; None for none."""
+        rows, positions = tokens.shape[:2]
         self.lengths = torch.full((rows,), positions, dtype=torch.int64)
         self._order = None
         if attention_mask is not None and not bool((attention_mask != 0).all()):
             self.lengths = (attention_mask != 0).sum(dim=1).cpu()
             # A stable sort keeps the tokens' order, and padding may have stood anywhere.
             self._order = (attention_mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
-        self.ids = self.pack(ids)
+        self.tokens = self.pack(tokens)
 
     def pack(self, values: Tensor) -> Tensor:
         """(B, N, ...) as given -> the same with every row's tokens in front."""
@@ -42,11 +36,13 @@ class Packing:
         return values if self._order is None else torch.empty_like(values).scatter(1, self._order, values)
 
     def take(self, rows: Tensor, starts: Tensor, count: int) -> Tensor:
-        """(R, count) tokens of `rows` (R,) from `starts` (R,) on; token 0 beyond a row's end."""
+        """(R, count, ...) tokens of `rows` (R,) from `starts` (R,) on; zeros beyond a row's end."""
         positions = starts[:, None] + torch.arange(count)
         inside = positions < self.lengths[rows, None]
-        rows, positions = rows.to(self.ids.device), positions.clamp_max(self.ids.shape[1] - 1).to(self.ids.device)
-        return self.ids[rows[:, None], positions] * inside.to(self.ids.device)
+        device = self.tokens.device
+        rows, positions = rows.to(device), positions.clamp_max(self.tokens.shape[1] - 1).to(device)
+        taken = self.tokens[rows[:, None], positions]
+        return taken * inside.to(device).view(*inside.shape, *[1] * (taken.ndim - 2))
 
     def unpack(self, pieces: Iterable[Piece]) -> list[Tensor]:
         """Put what was computed back where the tokens stood.
@@ -75,7 +71,7 @@ class Packing:
         )
 
     def _scatter(self, pieces, layer):
-        rows, positions = self.ids.shape
+        rows, positions = self.tokens.shape[:2]
         like = pieces[0][3][layer]
         flat = like.new_zeros(rows * positions, like.shape[-1])
         for piece_rows, starts, counts, tensors in pieces:

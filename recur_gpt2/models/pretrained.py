@@ -11,7 +11,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 from ..errors import InputError
 from ..ops.feature_maps import FeatureMap
 from ..ops.hybrid import MixingGate
-from .block import STATE_DECAY, RecurGPT2Block, is_new
+from .block import HEADS, STATE_DECAY, RecurGPT2Block, is_new
 from .configuration import OWN_FIELDS, RecurGPT2Config, with_window
 from .feature_map_fitting import fit_feature_maps
 from .hub import load_gpt2
@@ -27,18 +27,13 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
     config_class = RecurGPT2Config
     base_model_prefix = "transformer"
     _no_split_modules = ("RecurGPT2Block",)
+    # Saved by earlier versions where a memory has no such slots.
+    _keys_to_ignore_on_load_unexpected = (r"recurrence\.\d+\.(sink|shift|pool_query|gate_weight|gate_bias)$",)
     _can_record_outputs = None
     _supports_flash_attn = False
-    supports_gradient_checkpointing = False
 
-    def gradient_checkpointing_enable(self, *_, **__):
-        """Refused: transformers' switch wraps whole layers, and these are read in parts."""
-        raise InputError(
-            "gradient checkpointing cannot be switched on here; recur-gpt2 finetune --checkpointing recomputes windows "
-            "in the backward pass"
-        )
-
-    activation_checkpointing_enable = gradient_checkpointing_enable  # its name from transformers 5.24 on
+    def _returns_dict(self, return_dict: bool | None) -> bool:
+        return self.config.return_dict if return_dict is None else return_dict
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -59,7 +54,8 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
         Raises:
             InputError: the checkpoint is missing, damaged or of another architecture, or a field is out of range.
         """
-        unknown = [name for name in options if name not in cls.config_class.__dataclass_fields__]
+        known = {*cls.config_class.__dataclass_fields__, "num_labels"}
+        unknown = [name for name in options if name not in known]
         if unknown:
             raise InputError(
                 f"{unknown[0]!r} is no field of RecurGPT2Config; it has {', '.join(OWN_FIELDS)} and GPT-2's"
@@ -68,8 +64,10 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
         options |= {"recurrence": recurrence, "architectures": [cls.__name__]}
         with torch.device("meta"):  # the weights are taken over, not copied
             model = cls(with_window(base.config, window, **options))
-        source = base if hasattr(model, "lm_head") else base.transformer
+        source = base if hasattr(model, "transformer") else base.transformer
         missing, unexpected = model.load_state_dict(source.state_dict(), strict=False, assign=True)
+        if not hasattr(model, "lm_head"):
+            unexpected = [name for name in unexpected if not name.startswith("lm_head.")]
         alien = [name for name in missing if not is_new(name)] + unexpected
         if alien:
             raise InputError(f"{name_or_path} does not hold a whole GPT-2; these weights do not fit: {alien[:5]}")
@@ -100,11 +98,6 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
                 block.unfuse_feature_map()
         return super().train(mode)
 
-    @classmethod
-    def from_pretrained(cls, *args, dtype=torch.float32, **kwargs):
-        """As in transformers, but weights in 16 bit are widened unless `dtype` says otherwise ("auto": as saved)."""
-        return super().from_pretrained(*args, dtype=dtype, **kwargs)
-
     def save_pretrained(self, save_directory, *args, tokenizer=None, **kwargs):
         """As in transformers; with `tokenizer`, its files are saved beside the model, for texts of any length."""
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -124,6 +117,8 @@ def _make_new_parameters(model, dtype):
                 setattr(module, name, nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # a GPU's numbers are left alone
+        for head in HEADS & dict(model.named_children()).keys():
+            model._init_weights(getattr(model, head))
         for module in model.modules():
             if isinstance(module, NEW_MODULES):
                 module.reset_parameters()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,8 @@ class LayerSchedule:
             model: a RecurGPT2Model.
             depth: layers to run.
             every_layer: keep the output of each layer, not of the last one alone.
-            hook: run softmax attention in all layers, and show it what those attend to whose own attention is linear.
-            call_layer: calls each layer in place of us, where all windows are full.
+            hook: run softmax attention in all layers, and show it what they attend to.
+            call_layer: calls each layer in place of us, and may do so again later.
         """
         self.model, self.windows, self.hook, self.call_layer = model, windows, hook, call_layer
         self.depth, self.every_layer = depth, every_layer
@@ -63,30 +64,30 @@ class LayerSchedule:
     def _layer(self, layer, hidden):
         name, block = str(layer), self.model.h[layer]
         carries = block.state_decay is not None
-        memory = OwnMemory(self.windows, self._module(name), name, self.memory, carries=carries)
+        memory = OwnMemory(self.windows, self.model.recurrence.get(name), name, self.memory, carries=carries)
         attended, kept = attention_of(block, self.hook).prefill(hidden, self.windows, memory)
         self.window |= self.windows.unfinished(kept)
         del kept, memory  # before what follows attention, which takes the most memory
         return block.finish(hidden, attended)
 
-    def _module(self, name):
-        recurrence = self.model.recurrence  # an nn.ModuleDict, which has no `get`
-        return recurrence[name] if name in recurrence else None  # noqa: SIM401
-
     def _called_layer(self, layer, hidden):
         """`_layer` as a function of its input and of the layer's memory, whose results are all that it leaves."""
+        unfinished: list[str] = []
         name, before, alone = str(layer), self.windows.state.memory, self._alone()
-        own = [name] if name in self.model.recurrence else []
+        own = [] if self.model.recurrence.get(name) is None else [name]
         own += [f"linear.{name}"] if self.model.h[layer].state_decay is not None else []
 
         def run(hidden, *memory):
             schedule = alone._alone()
             given = {name: each for name, each in zip(own, memory, strict=True) if each is not None}
             schedule.windows = alone.windows.with_memory(given)
-            return schedule._layer(layer, hidden), *(schedule.memory[name] for name in own)
+            hidden = schedule._layer(layer, hidden)
+            unfinished[:] = schedule.window
+            return hidden, *map(schedule.memory.get, own), *schedule.window.values()
 
         hidden, *after = self.call_layer(run, hidden, *map(before.get, own))
-        self.memory |= zip(own, after, strict=True)
+        self.memory |= {name: each for name, each in zip(own, after, strict=False) if each is not None}
+        self.window |= zip(unfinished, after[len(own) :], strict=True)
         return hidden
 
     def _alone(self):
@@ -110,7 +111,7 @@ class PooledSchedule(LayerSchedule):
         # Memory is pooled above what is asked for: run on, and keep what was asked for.
         further = max(model.config.pool_layers) >= depth
         super().__init__(model, windows, depth=depth, every_layer=every_layer or further, **options)
-        self.recurrence = model.recurrence["pooled"]
+        self.recurrence = model.recurrence.get("pooled")
         self.sums: dict[int, list[Tensor]] = {layer: [] for layer in model.config.pool_layers}
         self.parts: dict[str, list[tuple[Tensor, ...]]] = {}
 
@@ -142,7 +143,11 @@ class PooledSchedule(LayerSchedule):
         outputs = []
         call_layer, schedule = (_call, self) if self.call_layer is None else (self.call_layer, self._alone())
         for layer in layers:
-            (hidden,) = call_layer(partial(schedule._pooled_layer, layer, windows), hidden, memory)
+            sizes: dict[str, int] = {}
+            hidden, *kept = call_layer(partial(schedule._pooled_layer, layer, windows, sizes), hidden, memory)
+            for name, size in sizes.items():
+                self.parts.setdefault(name, []).append(tuple(kept[:size]))
+                del kept[:size]
             outputs = self._kept(outputs, hidden)
             if layer in self.sums:
                 self.sums[layer].append(self._sum(hidden, windows))
@@ -153,7 +158,8 @@ class PooledSchedule(LayerSchedule):
         schedule.sums, schedule.parts = {}, {}
         return schedule
 
-    def _pooled_layer(self, layer, windows, hidden, memory):
+    def _pooled_layer(self, layer, windows, sizes, hidden, memory):
+        """-> layer output, and what unfinished windows keep: so many tensors, by name, as `sizes` is told."""
         block, slots = self.model.h[layer], 0
         if layer in self.model.config.insert_layers:
             slots = self.recurrence.slots
@@ -162,9 +168,8 @@ class PooledSchedule(LayerSchedule):
         else:
             given = GivenMemory(block.project_memory(self.recurrence.read(memory)), slots)
         attended, kept = attention_of(block, self.hook).prefill(hidden, windows, given)
-        for name, tensors in kept.items():
-            self.parts.setdefault(name, []).append(tensors)
-        return (block.finish(hidden, attended),)
+        sizes |= {name: len(tensors) for name, tensors in kept.items()}
+        return block.finish(hidden, attended), *chain.from_iterable(kept.values())
 
     def _sum(self, hidden, windows):
         """(B, W', T, D) -> (B, W', D) float32 over the positions that hold tokens, earlier calls' tokens included."""

@@ -34,7 +34,7 @@ def fit_slots(model: nn.Module) -> None:
     config = model.config
     if config.pool_layers:
         _fit_embeddings(model)
-    elif model.recurrence:
+    elif model.recurrence.names():
         _fit_keys_and_values(model)
 
 
@@ -47,9 +47,10 @@ def _fit_keys_and_values(model):
     in_front = (first + torch.arange(last)).clamp_max(config.n_positions - 1)
     again = torch.cat((tokens[:, :1], tokens[:, end - last :]), dim=1)
     at_front = _mean_keys_and_values(model, again, torch.cat((torch.zeros(1, dtype=torch.int64), in_front)))
-    for name, recurrence in model.recurrence.items():
-        front, back = at_front[int(name)], at_end[int(name)]
-        recurrence.sink[:] = front[..., :1, :]
+    for name in model.recurrence.names():
+        recurrence, front, back = model.recurrence.get(name), at_front[int(name)], at_end[int(name)]
+        if recurrence.sink is not None:
+            recurrence.sink[:] = front[..., :1, :]
         if last:
             recurrence.shift[..., config.pooled_slots :, :] = front[..., 1:, :] - back[..., end - last :, :]
             pooled = front[..., 1:, :].mean(dim=-2) - back[..., offset:, :].mean(dim=-2)
@@ -61,7 +62,7 @@ def _fit_embeddings(model):
     reading = read_plainly(model, likely_tokens(model, (SAMPLES, 1)), torch.zeros(1, dtype=torch.int64))
     inputs = [hidden.mean(dim=(0, 1)) for hidden, *_ in reading]
     first = torch.stack([inputs[layer] for layer in config.insert_layers]).mean(dim=0)
-    model.recurrence["pooled"].net[-1].bias.copy_(first.repeat(config.pooled_slots))
+    model.recurrence.get("pooled").net[-1].bias.copy_(first.repeat(config.pooled_slots))
 
 
 def _mean_keys_and_values(model, tokens, positions) -> list[Tensor]:

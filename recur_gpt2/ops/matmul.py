@@ -75,6 +75,17 @@ class Head(nn.Linear):
         return few_rows_product(x, self.weight, self.bias) if has_few_rows(x, self.weight) else super().forward(x)
 
 
+def weight_of(linear: nn.Module) -> Tensor:
+    """(out, in), what a linear layer without bias multiplies by, differentiable in its parameters.
+
+    That of a layer that something was put around (LoRA, quantisation) is what it gives for the unit vectors.
+    """
+    if type(linear) in (nn.Linear, Head):
+        return linear.weight
+    like = next(linear.parameters(), torch.empty(0))
+    return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).T
+
+
 def has_few_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether `few_rows_product` is the faster way, and there is nothing that it cannot do: gradients, autocast."""
     if torch.is_grad_enabled() or not ONEDNN or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):

@@ -30,12 +30,15 @@ class TransferLoss(nn.Module):
         """Nats a query, the mean over layers and heads, times the tokens that the segment scores."""
         starts = segment.starts if self.recurrent else torch.ones_like(segment.starts)
         shown: list[tuple] = []
+
+        def hook(block, query, key, memory, windows):
+            if block.feature_map is not None:
+                shown.append((block, query, key, memory, windows.reads))
+
         was_training = self.model.training
         self.model.eval()  # the teacher does not drop anything
         with torch.no_grad():
-            state = self.model.transformer.teacher_forward(
-                segment.input_ids, starts, state, lambda *seen: shown.append(seen)
-            )
+            state = self.model.transformer.teacher_forward(segment.input_ids, starts, state, hook)
         self.model.train(was_training)
         # Some layers are shown all windows at once, others one after the other.
         windows = segment.starts.numel() * len(self.model.config.linear_layers)

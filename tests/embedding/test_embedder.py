@@ -75,7 +75,7 @@ def naive(embedder, text, pooling="mean", layer=TWO_THIRDS):
     hidden, memory = out.hidden_states[layer][0], torch.zeros(width, dtype=torch.float64)
     if "memory" in pooling and len(ids) >= WINDOW:
         if "pooled" in out.state.memory:
-            memory = core.recurrence["pooled"].read(out.state.memory["pooled"])[0].mean(dim=0)
+            memory = core.recurrence.get("pooled").read(out.state.memory["pooled"])[0].mean(dim=0)
         else:
             block = layer - 1 if layer > 0 else core.config.n_layer + layer
             memory = torch.cat(list(out.state.memory[str(block)][0, 1].mean(dim=1)))

@@ -13,7 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from recur_gpt2 import RecurState
 from recur_gpt2.errors import InputError
-from recur_gpt2.models.generation import CACHE, RecurCache
+from recur_gpt2.models.cache import RecurCache
+from recur_gpt2.models.outputs import CACHE
 
 all_forms = st.sampled_from(list(ALL_FORMS))
 EXACT = {"rtol": 1e-9, "atol": 1e-9}

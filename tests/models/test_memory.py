@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from recur_gpt2 import RecurGPT2Config
-from recur_gpt2.models.memory import LayerMemory, PooledMemory, gated_scan, make_recurrence
+from recur_gpt2.models.memory import LayerMemory, PooledMemory, Recurrence, gated_scan
 from recur_gpt2.utils.tensors import widen
 
 SIZES = {"n_layer": 4, "n_embd": 12, "n_head": 3, "vocab_size": 97, "n_positions": 64, "window": 6}
@@ -245,12 +245,12 @@ def test_the_papers_net_has_three_layers_of_200():
 
 
 def test_there_is_a_memory_for_each_insertion_layer_or_one_for_all_or_none():
-    layered = make_recurrence(RecurGPT2Config(**SIZES | {"last_slots": 2, "insert_layers": [1, 3]}))
-    assert list(layered) == ["1", "3"]
-    assert {type(module) for module in layered.values()} == {LayerMemory}
-    pooled = make_recurrence(RecurGPT2Config(**SIZES | {"recurrence": "yoshida2020"}))
-    assert list(pooled) == ["pooled"]
-    assert not make_recurrence(RecurGPT2Config(**SIZES | {"recurrence": "none"}))
+    layered = Recurrence(RecurGPT2Config(**SIZES | {"last_slots": 2, "insert_layers": [1, 3]}))
+    assert layered.names() == ["1", "3"]
+    assert {type(layered.get(name)) for name in layered.names()} == {LayerMemory}
+    pooled = Recurrence(RecurGPT2Config(**SIZES | {"recurrence": "yoshida2020"}))
+    assert pooled.names() == ["pooled"]
+    assert not Recurrence(RecurGPT2Config(**SIZES | {"recurrence": "none"})).names()
 
 
 @pytest.mark.parametrize(

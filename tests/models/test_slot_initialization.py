@@ -129,7 +129,7 @@ def test_last_positions_are_shifted_to_look_as_if_in_front_of_the_window(options
     in_front = torch.tensor([0] + [min(first + slot, 63) for slot in range(last)])
     at_front = projections(gpt2, torch.cat((tokens[:, :1], tokens[:, -last:]), dim=1), in_front)
     for layer in config.insert_layers:
-        memory = model.transformer.recurrence[str(layer)]
+        memory = model.transformer.recurrence.get(str(layer))
         shift = memory.shift[:, :, config.pooled_slots :]
         assert_close(shift, at_front[layer][:, :, 1:] - at_end[layer][:, :, -last:], rtol=1e-4, atol=1e-4)
         assert shift.abs().max() > 0.1
@@ -145,7 +145,7 @@ def test_sinks_start_as_gpt2s_first_position(options, gpt2_folder, gpt2):
     tokens = likely_tokens(model.transformer, (SAMPLES, model.config.position_offset + model.config.window))
     first = projections(gpt2, tokens[:, :1], torch.zeros(1, dtype=torch.int64))
     for layer in model.config.insert_layers:
-        sink = model.transformer.recurrence[str(layer)].sink
+        sink = model.transformer.recurrence.get(str(layer)).sink
         assert_close(sink, first[layer].expand_as(sink), rtol=1e-4, atol=1e-4)
 
 
@@ -157,7 +157,7 @@ def test_embeddings_that_a_net_writes_start_as_gpt2s_first_position(insert_layer
     with torch.no_grad():
         inputs = gpt2(tokens, output_hidden_states=True).hidden_states
     wanted = torch.stack([inputs[layer].mean(dim=(0, 1)) for layer in insert_layers]).mean(dim=0)
-    bias = model.transformer.recurrence["pooled"].net[-1].bias
+    bias = model.transformer.recurrence.get("pooled").net[-1].bias
     assert_close(bias.view(2, -1), wanted.expand(2, -1), rtol=1e-4, atol=1e-4)
 
 
@@ -214,7 +214,7 @@ def test_a_window_of_all_positions_loses_little_before_any_training(book):
     """Slots that still say "the end" would: the queries have never seen such keys in front of them."""
     model = RecurGPT2LMHeadModel.from_gpt2(DATA / "gpt2-mini", window=1024)
     fitted = float(model(book, labels=book).loss)
-    for memory in model.transformer.recurrence.values():
+    for memory in model.transformer.recurrence.children():
         memory.shift.zero_()
     assert fitted < nats(book, window=1024, recurrence="none") + 0.15
     assert fitted < float(model(book, labels=book).loss) - 0.5

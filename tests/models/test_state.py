@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from recur_gpt2 import InputError, RecurGPT2LMHeadModel, RecurState
-from recur_gpt2.models.generation import RecurCache
+from recur_gpt2.models.cache import RecurCache
 
 
 def tensors(state):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from recur_gpt2.models.generation import CACHE
+from recur_gpt2.models.outputs import CACHE
 from recur_gpt2.ops import matmul
 from recur_gpt2.ops.matmul import FEW_ROWS, Head, Projection
 

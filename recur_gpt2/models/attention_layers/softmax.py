@@ -17,16 +17,16 @@ from ..window_memory import WindowMemory
 from ..windows import NewWindows
 from .positions import Positions, last_of
 
-# Is shown, in a layer that was converted: the block, its queries and keys (B, W, H, T, d), the keys of its memory
-# (B, W, H, M, d) or None, and which windows have memory, as `NewWindows.reads` tells it.
-AttentionHook = Callable[[RecurGPT2Block, Tensor, Tensor, Tensor | None, bool | Tensor], None]
+# Is shown the block, its queries and keys (B, W, H, T, d), the keys of its memory (B, W, H, M, d) or None, and the
+# windows.
+AttentionHook = Callable[[RecurGPT2Block, Tensor, Tensor, Tensor | None, NewWindows], None]
 
 
 class SoftmaxAttention:
     """Buffers: keys and values of the memory, and behind them those of the window so far, (B, 2, H, M + T, d)."""
 
     def __init__(self, block: RecurGPT2Block, hook: AttentionHook | None = None):
-        """`hook`: is shown what a converted layer would have attended to before."""
+        """`hook`: is shown what the layer attends to."""
         self.block, self.hook = block, hook
 
     def prefill(
@@ -37,8 +37,8 @@ class SoftmaxAttention:
         key, value = windows.extend(block.name, key, value)
         memory.write(lambda: (key, value))
         slots = memory.read(value)
-        if self.hook is not None and block.feature_map is not None:
-            self.hook(block, query, key, None if slots is None else slots[0], windows.reads)
+        if self.hook is not None:
+            self.hook(block, query, key, None if slots is None else slots[0], windows)
         attended = windows.attend(query, key, value, slots, **block.attention_options)
         return attended, {block.name: (key, value)} if windows.has_unfinished else {}
 

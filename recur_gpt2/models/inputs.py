@@ -1,0 +1,104 @@
+"""What `forward` is given, checked, and turned into tokens that stand together. B rows, N positions, D model width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .packing import Packing
+
+
+def packed_inputs(
+    embedding: nn.Embedding,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    token_type_ids: Tensor | None,
+    attention_mask: Tensor | None,
+) -> Packing:
+    """Token ids (B, N), or embeddings (B, N, D) where these were given or types are to be added, without padding.
+
+    Raises:
+        InputError: both or neither of ids and embeddings, or one of wrong shape.
+    """
+    tokens, name = _given(input_ids, inputs_embeds)
+    if tokens.ndim != (2 if inputs_embeds is None else 3) or not tokens.shape[:2].numel():
+        form = "(batch, tokens)" if inputs_embeds is None else "(batch, tokens, width)"
+        raise InputError(f"{name} of shape {tuple(tokens.shape)} hold no tokens; give {form}")
+    if inputs_embeds is not None and tokens.shape[2] != embedding.weight.shape[1]:
+        raise InputError(f"inputs_embeds are {tokens.shape[2]} wide; give {embedding.weight.shape[1]}, as the model is")
+    if token_type_ids is not None:
+        if token_type_ids.shape != tokens.shape[:2]:
+            raise InputError(f"token_type_ids {_shapes(token_type_ids, name, tokens)}")
+        tokens = (embedding(tokens) if inputs_embeds is None else tokens) + embedding(token_type_ids)
+    if attention_mask is not None:
+        _check_mask(attention_mask, name, tokens)
+    packing = Packing(tokens, attention_mask)
+    if not bool(packing.lengths.any()):
+        raise InputError("attention_mask is 0 everywhere; give at least one token")
+    return packing
+
+
+def check_positions(position_ids: Tensor, attention_mask: Tensor | None, shape: tuple[int, int], goes_on: bool) -> None:
+    """Refuse positions that are not the tokens' own, since a token's position is that in its window.
+
+    Taken are 0 to N - 1, whatever is padding, and the same counted over tokens alone, as `attention_mask` has them;
+    from any number on where a state `goes_on`.
+
+    Args:
+        position_ids: (B, N), (1, N) or (N,).
+        shape: (B, N).
+    """
+    if position_ids.ndim > 2 or position_ids.shape[-1] != shape[1]:
+        raise InputError(f"position_ids have shape {tuple(position_ids.shape)}; give {tuple(shape)}, or leave them out")
+    positions = position_ids.expand(shape)
+    own = torch.arange(shape[1], device=positions.device).expand(shape)
+    if attention_mask is None:
+        tokens, counted = torch.ones_like(own, dtype=torch.bool), own
+    else:
+        tokens = attention_mask.to(positions.device) != 0
+        counted = (tokens.long().cumsum(dim=1) - 1).clamp_min(0)
+    for expected in (own, counted):
+        first = (positions - expected).masked_fill(~tokens, 0)
+        start = first.amax(dim=1, keepdim=True) if goes_on else 0
+        if bool((((first == start) | ~tokens).all(dim=1)).all()):
+            return
+    raise InputError(
+        "position_ids are not 0 to n - 1 in every row: a token's position is that in its window; leave them out"
+    )
+
+
+def check_labels(labels: Tensor | None, shape: torch.Size, name: str) -> None:
+    """Refuse labels that are not of the input's shape (B, N)."""
+    if labels is not None and labels.shape != shape:
+        raise InputError(f"labels have shape {tuple(labels.shape)}; give that of {name}, {tuple(shape)}")
+
+
+def refuse_cross_attention(**given: Tensor | None) -> None:
+    """Windows attend to memory, and to no other model's hidden states."""
+    for name, tensor in given.items():
+        if tensor is not None:
+            raise InputError(f"{name} cannot be read: there is no cross-attention in windows; leave it out")
+
+
+def shape_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[torch.Size, str]:
+    """(B, N), and the name of what has it."""
+    tokens, name = _given(input_ids, inputs_embeds)
+    return tokens.shape[:2], name
+
+
+def _given(input_ids, inputs_embeds):
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("give either input_ids or inputs_embeds, and not both")
+    return (input_ids, "input_ids") if inputs_embeds is None else (inputs_embeds, "inputs_embeds")
+
+
+def _check_mask(mask, name, tokens):
+    if mask.shape != tokens.shape[:2]:
+        raise InputError(f"attention_mask {_shapes(mask, name, tokens)}")
+    if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError("attention_mask holds other numbers than 0, padding, and 1, a token; give those")
+
+
+def _shapes(tensor, name, tokens):
+    return f"has shape {tuple(tensor.shape)}; give that of {name}, {tuple(tokens.shape[:2])}"
