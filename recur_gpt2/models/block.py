@@ -3,6 +3,8 @@
 The parameters, their names and their arithmetic are transformers' own.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -63,9 +65,16 @@ class RecurGPT2Block(GPT2Block):
         """Of the layer, in states."""
         return str(self.attn.layer_idx)
 
-    def forward(self, *_, **__):
-        """Not GPT2Block's, which would read without memory."""
-        raise InputError("a layer cannot be called by itself, since its window and memory are the model's; call that")
+    def forward(self, layer: Callable | Tensor, *inputs, **_):
+        """Calls `layer`, the function of `inputs` that the model makes of this layer.
+
+        Whatever hooks into modules (gradient checkpointing, offloading, sharding) hooks in here.
+        """
+        if not callable(layer):  # as GPT2Block is called, which would read without memory
+            raise InputError(
+                "a layer cannot be called by itself: its window and memory are the model's; call that"
+            )
+        return layer(*inputs)
 
     def new_feature_map(self, config) -> FeatureMap:
         """A map as the configuration wants it, for this layer's heads."""

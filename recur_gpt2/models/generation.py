@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 
@@ -23,7 +23,6 @@ from .outputs import CACHE, NEW_CACHE, OLD_CACHE, RecurGPT2LMOutput
 from .state import RecurState
 
 PARALLEL_WINDOWS = 4  # of a prompt, read at once
-FORWARDED = ("use_cache", "logits_to_keep", "output_hidden_states", "output_attentions")  # by `generate`, to `forward`
 NOT_POSSIBLE = {
     "assistant_model": "tokens that are not kept would have to be forgotten again; leave it out",
     "prompt_lookup_num_tokens": "tokens that are not kept would have to be forgotten again; leave it out",
@@ -76,7 +75,7 @@ class RecurGeneration(GenerationMixin):
         cache: RecurCache | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        **options,
+        **kwargs,
     ) -> dict:
         """What transformers calls `forward` with, for the positions that were not read yet."""
         cache = given_cache(cache, past_key_values)
@@ -93,8 +92,7 @@ class RecurGeneration(GenerationMixin):
         if is_first_iteration:  # afterwards positions are counted on, and tokens are of no type
             beside |= {"token_type_ids": token_type_ids, "position_ids": position_ids}
         last = {each: None if given is None else given[:, -tokens.shape[1] :] for each, given in beside.items()}
-        options = {each: given for each, given in options.items() if each in FORWARDED}
-        return {name: tokens, CACHE: cache, **last, **options}
+        return {name: tokens, CACHE: cache, **last, **kwargs}
 
     @torch.no_grad()
     def read(
@@ -166,6 +164,9 @@ class RecurGeneration(GenerationMixin):
             state = state if cache is None else _for_rows(cache.state(), rows)
             if asked:
                 hidden, state, layers, attentions = self._read_whole(input_ids, attention_mask, state, options)
+                if attentions and cache is not None and cache.seen + positions <= self.config.window:
+                    missing = cache.seen + positions - attentions[0].shape[-1]  # pads of earlier steps
+                    attentions = tuple(nn.functional.pad(each, (0, missing)) for each in attentions)
             else:
                 hidden, state = self._read_on(input_ids, attention_mask, state, logits_to_keep, parallel_windows)
             if cache is None:

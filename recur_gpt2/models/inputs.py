@@ -68,6 +68,41 @@ def check_positions(position_ids: Tensor, attention_mask: Tensor | None, shape: 
     )
 
 
+class JoinedDocuments:
+    """Several documents in one row, as collators without padding make them: position ids begin at 0 at each.
+
+    R documents, L tokens in the longest, N in all.
+
+    Attributes:
+        mask: (R, L) int64, 1 for a token.
+    """
+
+    def __init__(self, position_ids: Tensor):
+        starts = [*(position_ids.flatten() == 0).nonzero().flatten().tolist(), position_ids.numel()]
+        lengths = torch.tensor(starts, device=position_ids.device).diff()
+        offsets = torch.arange(int(lengths.max()), device=position_ids.device)
+        self.mask = (offsets < lengths[:, None]).long()
+        self._index = (lengths.cumsum(0) - lengths)[:, None] + offsets * self.mask
+
+    @classmethod
+    def found(cls, position_ids: Tensor, attention_mask: Tensor | None, rows: int) -> JoinedDocuments | None:
+        """If that is what the positions of a single row say."""
+        if rows > 1 or attention_mask is not None or position_ids.shape[:-1].numel() > 1:
+            return None
+        flat = position_ids.flatten()
+        if int(flat[0]) or not bool(((flat[1:] == flat[:-1] + 1) | (flat[1:] == 0)).all()):
+            return None
+        return cls(flat) if int((flat == 0).sum()) > 1 else None
+
+    def rows(self, joined: Tensor | None) -> Tensor | None:
+        """(1, N, ...) -> (R, L, ...)"""
+        return None if joined is None else joined[0][self._index]
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """(R, L, ...) -> (1, N, ...)"""
+        return rows[self.mask.bool()][None]
+
+
 def check_labels(labels: Tensor | None, shape: torch.Size, name: str) -> None:
     """Refuse labels that are not of the input's shape (B, N)."""
     if labels is not None and labels.shape != shape:

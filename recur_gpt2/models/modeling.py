@@ -26,7 +26,7 @@ from .block import RecurGPT2Block
 from .cache import RecurCache, given_cache
 from .configuration import RecurGPT2Config
 from .generation import PARALLEL_WINDOWS, RecurGeneration, kept_positions
-from .inputs import check_labels, check_positions, packed_inputs, refuse_cross_attention, shape_of
+from .inputs import JoinedDocuments, check_labels, check_positions, packed_inputs, refuse_cross_attention, shape_of
 from .memory import Recurrence
 from .outputs import CACHE, RecurGPT2LMOutput, RecurGPT2Output
 from .packing import Packing
@@ -47,7 +47,6 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         self.h = nn.ModuleList([RecurGPT2Block(config, layer_idx=layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.recurrence = Recurrence(config)
-        self.gradient_checkpointing = False  # transformers' switch
         self.post_init()
 
     def get_input_embeddings(self):
@@ -84,7 +83,8 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
                 and moves nothing below is not computed. A state goes on only with the `layer` that left it.
             inputs_embeds: (B, N, D), in place of ids.
             token_type_ids: (B, N), whose embeddings are added to the tokens', as GPT-2 does.
-            position_ids: (B, N) 0 to n - 1, as they are anyhow. Others are refused.
+            position_ids: (B, N) 0 to n - 1, as they are anyhow; in a single row they may begin again at 0, where
+                another document begins. Others are refused.
             output_attentions: return attention weights too, which are not made otherwise. None: as the configuration
                 says.
             return_dict: False: a tuple of all that is not None. None: as the configuration says.
@@ -93,8 +93,17 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             InputError: the state is of another batch size or `layer`, or there are no tokens; or what windows do not
                 allow.
         """
-        packing = packed_inputs(self.wte, input_ids, inputs_embeds, token_type_ids, attention_mask)
         shape, _ = shape_of(input_ids, inputs_embeds)
+        documents = None
+        if position_ids is not None:
+            documents = JoinedDocuments.found(position_ids, attention_mask, shape[0])
+        if documents is not None:
+            inputs = input_ids, inputs_embeds, token_type_ids
+            options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+            options |= {"state": state, "parallel_windows": parallel_windows, "layer": layer}
+            out = self._forward_joined(documents, *map(documents.rows, inputs), **options)
+            return out if self._returns_dict(return_dict) else out.to_tuple()
+        packing = packed_inputs(self.wte, input_ids, inputs_embeds, token_type_ids, attention_mask)
         if position_ids is not None:
             check_positions(position_ids, attention_mask, shape, goes_on=state is not None)
         depth = self._checked_depth(layer)
@@ -106,7 +115,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
                 f"output_attentions=True: layers {self.config.linear_layers} have linear attention, which has no "
                 f"weights to return; leave it out"
             )
-        pieces, weights = [], []
+        pieces, weights, before = [], [], state
         done = torch.zeros(len(packing.lengths), dtype=torch.int64)
         while bool((done < packing.lengths).any()):
             rows, windows, block, tokens = self._next_windows(packing, state, done, parallel_windows)
@@ -118,16 +127,29 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             done = done.index_add(0, rows, tokens)
         layers = packing.unpack(pieces)
         state = replace(state, origin=Origin.of(self))
-        attentions = self._unpacked_weights(packing, pieces, weights) if show else None
+        is_new = not before.windows.any() and not before.filled.any()
+        within = shape[1] if is_new and shape[1] <= self.config.window else None
+        attentions = self._unpacked_weights(packing, pieces, weights, within) if show else None
         out = RecurGPT2Output(layers[-1], state, tuple(layers) if every_layer else None, attentions)
         return out if self._returns_dict(return_dict) else out.to_tuple()
 
-    def _unpacked_weights(self, packing, pieces, weights) -> tuple[Tensor, ...]:
-        """Attention weights of each piece -> (B, H, N, M + F) a layer."""
+    def _forward_joined(self, documents, input_ids, inputs_embeds, token_type_ids, **options):
+        """Several documents in one row: hidden states (1, N, D), and a state with a row for each document."""
+        beside = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
+        out = self.forward(input_ids, documents.mask, return_dict=True, **beside, **options)
+        if out.attentions is not None:
+            raise InputError("output_attentions=True: documents in one row cannot show theirs; give them as rows")
+        layers = None if out.hidden_states is None else tuple(map(documents.joined, out.hidden_states))
+        return RecurGPT2Output(documents.joined(out.last_hidden_state), out.state, layers)
+
+    def _unpacked_weights(self, packing, pieces, weights, within) -> tuple[Tensor, ...]:
+        """Attention weights of each piece -> (B, H, N, M + F) a layer; (B, H, N, N) of texts `within` a window of N."""
         pieces = [(*piece[:3], each) for piece, each in zip(pieces, joined_weights(weights), strict=True)]
-        return tuple(
-            each.unflatten(2, (self.config.n_head, -1)).transpose(1, 2).contiguous() for each in packing.unpack(pieces)
-        )
+        layers = [each.unflatten(2, (self.config.n_head, -1)).transpose(1, 2) for each in packing.unpack(pieces)]
+        if within is not None:  # keys stand where their tokens do, as in GPT-2
+            layers = [nn.functional.pad(each, (0, within - each.shape[-1])).transpose(1, 3) for each in layers]
+            layers = [packing.spread(each).transpose(1, 3) for each in layers]
+        return tuple(each.contiguous() for each in layers)
 
     def forward_windows(
         self,
@@ -220,8 +242,6 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         depth = self.config.n_layer if depth is None else depth
         positions = windows.positions(tokens.shape[2], self.config.position_offset).to(tokens.device)
         embedded = self.drop((self.wte(tokens) if tokens.ndim == 3 else tokens) + self.wpe(positions))
-        if self.gradient_checkpointing and self.training and not options.get("call_layer") and not options.get("hook"):
-            options["call_layer"] = self._gradient_checkpointing_func  # which transformers sets
         form = PooledSchedule if self.config.pool_layers else LayerSchedule
         schedule = form(self, windows, depth=depth, every_layer=every_layer, **options)
         hidden = schedule.run(embedded)

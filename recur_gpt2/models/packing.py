@@ -58,9 +58,11 @@ class Packing:
             packed = [torch.cat(parts, dim=1) for parts in zip(*(tensors for *_, tensors in pieces), strict=True)]
         else:
             packed = [self._scatter(pieces, layer) for layer in range(len(pieces[0][3]))]
-        if self._order is None:
-            return packed
-        return [torch.zeros_like(values).scatter(1, self._index(values), values) for values in packed]
+        return [self.spread(values) for values in packed]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(B, N, ...) with every row's tokens in front -> where they stood, zero at padding."""
+        return values if self._order is None else torch.zeros_like(values).scatter(1, self._index(values), values)
 
     def _whole(self, pieces):
         """Whether the pieces are all rows, one block after another, with no padding in them."""

@@ -57,9 +57,16 @@ class LayerSchedule:
         """(B, W, T, D) embeddings -> the output of each layer, or of the last one."""
         outputs = []
         for layer in range(self.depth):
-            hidden = self._layer(layer, hidden) if self.call_layer is None else self._called_layer(layer, hidden)
+            if self.call_layer is None and not self._is_recomputed(self.model.h[layer]):
+                hidden = self.model.h[layer](partial(self._layer, layer), hidden)
+            else:
+                hidden = self._called_layer(layer, hidden)
             outputs = self._kept(outputs, hidden)
         return outputs
+
+    def _is_recomputed(self, block):
+        """Whether transformers' own gradient checkpointing calls the layer again in the backward pass."""
+        return block.gradient_checkpointing and block.training and self.hook is None
 
     def _layer(self, layer, hidden):
         name, block = str(layer), self.model.h[layer]
@@ -85,7 +92,7 @@ class LayerSchedule:
             unfinished[:] = schedule.window
             return hidden, *map(schedule.memory.get, own), *schedule.window.values()
 
-        hidden, *after = self.call_layer(run, hidden, *map(before.get, own))
+        hidden, *after = (self.call_layer or self.model.h[layer])(run, hidden, *map(before.get, own))
         self.memory |= {name: each for name, each in zip(own, after, strict=False) if each is not None}
         self.window |= zip(unfinished, after[len(own) :], strict=True)
         return hidden
@@ -141,8 +148,9 @@ class PooledSchedule(LayerSchedule):
     def _span(self, layers, hidden, windows, memory):
         """Some layers over some windows. memory: (B, W', p, D) raw memory that these windows read, or None."""
         outputs = []
-        call_layer, schedule = (_call, self) if self.call_layer is None else (self.call_layer, self._alone())
         for layer in layers:
+            again = self.call_layer is not None or self._is_recomputed(self.model.h[layer])
+            call_layer, schedule = self.call_layer or self.model.h[layer], self._alone() if again else self
             sizes: dict[str, int] = {}
             hidden, *kept = call_layer(partial(schedule._pooled_layer, layer, windows, sizes), hidden, memory)
             for name, size in sizes.items():
@@ -204,7 +212,3 @@ class PooledSchedule(LayerSchedule):
                 for name, parts in self.parts.items()
             }
             self.window |= windows.unfinished(whole)
-
-
-def _call(layer, *inputs):
-    return layer(*inputs)
