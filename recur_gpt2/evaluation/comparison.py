@@ -24,6 +24,7 @@ import torch
 
 from ..data.corpora import load_corpus
 from ..errors import InputError
+from ..models.adapters import add_lora
 from ..models.configuration import RecurGPT2Config, with_window
 from ..models.hub import load_config, load_tokenizer
 from ..models.loading import load_any, plain_copy, save_model
@@ -161,6 +162,7 @@ def _finetune(args, name, corpus, tokenizer, processes):
     with processes.main_first():  # it downloads for all
         model = _load(args) if name == "recurrent" else _load_plain(args)
     settings = TrainingArguments(**asdict(args.training) | options)
+    saved = model if settings.lora_rank is None else add_lora(model, settings.lora_rank, args.model)
     trainer = Trainer(model, corpus, settings, folder, device=args.device)
     with processes.agreeing():
         trainer.checkpoints.check(resume=args.resume)
@@ -171,7 +173,7 @@ def _finetune(args, name, corpus, tokenizer, processes):
     model.cpu()
     with processes.agreeing():
         if processes.is_main:
-            save_model(model, tokenizer, _saved(args, name))
+            save_model(saved, tokenizer, _saved(args, name))
     return history
 
 

@@ -71,9 +71,7 @@ class RecurGPT2Block(GPT2Block):
         Whatever hooks into modules (gradient checkpointing, offloading, sharding) hooks in here.
         """
         if not callable(layer):  # as GPT2Block is called, which would read without memory
-            raise InputError(
-                "a layer cannot be called by itself: its window and memory are the model's; call that"
-            )
+            raise InputError("a layer cannot be called by itself: its window and memory are the model's; call that")
         return layer(*inputs)
 
     def new_feature_map(self, config) -> FeatureMap:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..utils.files import whole_folder
+from .adapters import is_adapter, load_adapted, save_adapter
 from .block import is_new
 from .configuration import OWN_FIELDS, RecurGPT2Config
 from .hub import load_config, refuse_missing, refusing_damage
@@ -17,19 +19,28 @@ from .modeling import RecurGPT2LMHeadModel
 
 
 def load_any(name_or_path: str, window: int | None = None, recurrence: str = "none", **options) -> RecurGPT2LMHeadModel:
-    """One of our models as it is, or a GPT-2 given a window (256 unless said otherwise), a recurrence and `options`."""
+    """One of our models as it is, or a GPT-2 given a window (256 unless said otherwise), a recurrence and `options`; or
+    the one that an adapter was made on, with it."""
+    if is_adapter(name_or_path):
+        model = load_adapted(name_or_path, window, recurrence, **options)
+        _check_window(name_or_path, model.config, window)
+        return _read(model.eval())
     config = load_config(name_or_path)
     if config.model_type != RecurGPT2Config.model_type:
         made = RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence=recurrence, **options)
         return _read(made)
-    if window not in (None, config.window):
-        raise InputError(
-            f"{name_or_path} was made for window={config.window}, not {window}; give --window {config.window}"
-        )
+    _check_window(name_or_path, config, window)
     with refusing_damage(f"the weights of {name_or_path}"):
         model, found = RecurGPT2LMHeadModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
     refuse_missing(found, name_or_path, "model of recur_gpt2")
     return _read(model.eval())
+
+
+def _check_window(name_or_path, config, window):
+    if window not in (None, config.window):
+        raise InputError(
+            f"{name_or_path} was made for window={config.window}, not {window}; give --window {config.window}"
+        )
 
 
 def _read(model):
@@ -55,10 +66,13 @@ def plain_copy(model: RecurGPT2LMHeadModel) -> RecurGPT2LMHeadModel:
     return plain.eval()
 
 
-def save_model(model: RecurGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model and its tokenizer, whole or not at all."""
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model, or the adapter alone where it has one, and its tokenizer, whole or not at all."""
     try:
         with whole_folder(folder) as unfinished:
-            model.save_pretrained(unfinished, tokenizer=tokenizer)
+            if isinstance(model, RecurGPT2LMHeadModel):
+                model.save_pretrained(unfinished, tokenizer=tokenizer)
+            else:
+                save_adapter(model, tokenizer, unfinished)
     except (OSError, SafetensorError) as error:
         raise InputError(f"the model could not be written to {folder} ({error}); make room, then --resume") from error

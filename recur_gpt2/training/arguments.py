@@ -43,6 +43,9 @@ class TrainingArguments:
     checkpointing: bool = False
     """Recompute each block of windows, layer by layer, in the backward pass: least memory, flat in K, for a third to a
     half more time."""
+    lora_rank: int | None = None
+    """Rank of LoRA adapters (PEFT), which learn at ten times --lr in place of the pretrained weights; what is new
+    learns beside them, and the adapter alone is saved; None: no adapters."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What to compute in; auto: whichever a short trial finds faster."""
     seed: int = 0
@@ -51,7 +54,7 @@ class TrainingArguments:
     """Steps between checkpoints."""
 
     def __post_init__(self):
-        counts = ("steps", "lanes", "bptt", "accumulate", "save_every", "parallel_windows")
+        counts = ("steps", "lanes", "bptt", "accumulate", "save_every", "parallel_windows", "lora_rank")
         check_range(1, **{name: getattr(self, name) for name in counts})
         check_range(0, transfer_steps=self.transfer_steps, new_first_steps=self.new_first_steps)
         check_range(0, LARGEST_SEED, seed=self.seed)

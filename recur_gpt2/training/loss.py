@@ -12,6 +12,7 @@ from ..models.modeling import RecurGPT2LMHeadModel
 from ..models.schedule import CallLayer
 from ..models.state import RecurState
 from ..ops.cross_entropy import accumulate_gradients, summed_loss
+from ..ops.matmul import weight_of
 from .activation_checkpointing import recomputed
 from .arguments import TrainingArguments
 
@@ -62,7 +63,13 @@ class _Block:
             embedding.sparse = before
 
     def loss(self, hidden: Tensor) -> Tensor:
-        return summed_loss(hidden, self.model.lm_head.weight, self.targets)
+        return summed_loss(hidden, weight_of(self.model.lm_head), self.targets)
 
     def loss_backward(self, hidden: Tensor, grad_total: Tensor) -> Tensor | None:
-        return accumulate_gradients(hidden, self.model.lm_head.weight, self.targets, grad_total)
+        weight = weight_of(self.model.lm_head)
+        if weight.is_leaf:
+            return accumulate_gradients(hidden, weight, self.targets, grad_total)
+        leaf = weight.detach().requires_grad_()  # of an adapted head, whose gradient goes on to what it is made of
+        grad_hidden = accumulate_gradients(hidden, leaf, self.targets, grad_total)
+        weight.backward(leaf.grad)
+        return grad_hidden

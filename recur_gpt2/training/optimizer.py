@@ -8,14 +8,19 @@ from ..models.block import is_new
 from ..models.modeling import RecurGPT2LMHeadModel
 from .arguments import TrainingArguments
 
+# Adapters learn best at about ten times the rate of the weights themselves, whatever the model (Schulman et al. 2025,
+# "LoRA without regret").
+ADAPTER_RATE = 10
+
 
 def make_optimizer(model: RecurGPT2LMHeadModel, args: TrainingArguments) -> torch.optim.AdamW:
-    """AdamW; what is new (recurrence, feature maps) learns at a rate of its own. Only pretrained matrices decay."""
-    groups = {"decayed": [], "plain": [], "new": []}
+    """AdamW; what is new (recurrence, feature maps) and adapters learn at rates of their own. Only pretrained matrices
+    decay."""
+    groups = {"decayed": [], "plain": [], "new": [], "adapter": []}
     for name, parameter in model.named_parameters():
-        kind = "new" if is_new(name) else "decayed" if parameter.ndim >= 2 else "plain"
-        groups[kind].append(parameter)
-    rates = {"decayed": args.lr, "plain": args.lr, "new": args.recurrence_lr}
+        if parameter.requires_grad:
+            groups[_kind(name, parameter)].append(parameter)
+    rates = {"decayed": args.lr, "plain": args.lr, "new": args.recurrence_lr, "adapter": ADAPTER_RATE * args.lr}
     return torch.optim.AdamW(
         [
             {
@@ -31,6 +36,14 @@ def make_optimizer(model: RecurGPT2LMHeadModel, args: TrainingArguments) -> torc
         betas=(0.9, 0.95),
         fused=True,
     )
+
+
+def _kind(name, parameter):
+    if is_new(name):
+        return "new"
+    if ".lora_" in name:
+        return "adapter"
+    return "decayed" if parameter.ndim >= 2 else "plain"
 
 
 def set_rates(optimizer: torch.optim.Optimizer, args: TrainingArguments, step: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from ..errors import InputError
 from ..models.modeling import RecurGPT2LMHeadModel
 from ..ops.cross_entropy import summed_loss
+from ..ops.matmul import weight_of
 
 TRIALS = 2
 TRIAL_ROWS = 4
@@ -39,7 +40,7 @@ def _seconds(model, dtype, training):
             began = time.perf_counter()
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 hidden, _ = model.transformer.forward_windows(ids, starts)
-                loss = summed_loss(hidden, model.lm_head.weight, ids)
+                loss = summed_loss(hidden, weight_of(model.lm_head), ids)
             if training:
                 loss.backward()
             if device.type == "cuda":
