@@ -69,6 +69,10 @@ class EvaluationArguments:
     """For a GPT-2: score it with this recurrence, untrained."""
     protocols: list[str] | None = None
     """Of disjoint, overlap, recurrent, recurrent+overlap, zeroed and shuffled; None: all that are possible."""
+    stride: int | None = None
+    """Tokens from one window to the next in the protocol overlap, 1 to a window; None: half a window."""
+    word_count: int | None = None
+    """Words to divide by for word perplexity, a corpus' official count; None: those between spaces."""
     eval_tokens: int = 0
     """Tokens to score, as many from the start of each document; 0 for all."""
     lanes: int = 8
@@ -81,5 +85,6 @@ class EvaluationArguments:
     """Where to compute; auto: a GPU if there is one."""
 
     def __post_init__(self):
-        check_range(1, lanes=self.lanes, parallel_windows=self.parallel_windows)
+        counts = ("lanes", "parallel_windows", "word_count", "stride")
+        check_range(1, **{name: getattr(self, name) for name in counts})
         check_range(2, eval_tokens=self.eval_tokens or None)

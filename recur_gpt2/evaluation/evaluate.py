@@ -1,7 +1,7 @@
 """How well a model predicts documents, by protocol.
 
 disjoint            windows read apart from each other
-overlap             windows that overlap by half; a token is scored where it has at least half a window in front of it
+overlap             windows that begin half a window, or a given stride, apart; each scores what none before it has
 recurrent           windows read one after another, with the memory of the one before
 recurrent+overlap   two recurrent readings half a window apart; a token is scored in the one with more in front of it
 
@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from ..data.batches import Lanes
-from ..errors import InputError
+from ..errors import InputError, check_range
 from ..models.flops import flops_per_token
 from ..models.modeling import RecurGPT2LMHeadModel
 from ..models.state import RecurState
@@ -71,8 +71,8 @@ class Evaluation:
         means = sums[draws].sum(axis=1) / self._counts()[draws].sum(axis=1)
         return tuple(float(q) for q in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
 
-    def row(self, name: str, protocol: str, window: int) -> dict:
-        """The numbers as a row of results.json."""
+    def row(self, name: str, protocol: str, window: int, words: int | None = None) -> dict:
+        """The numbers as a row of results.json. `words`: to divide by, in place of those counted."""
         total, tokens = self._sums().sum(), int(self._counts().sum())
         return {
             "name": name,
@@ -82,7 +82,7 @@ class Evaluation:
             "nats": self.nats,
             "nats_interval": list(self.nats_interval()),
             "token_ppl": _exp(total / tokens),
-            "word_ppl": _exp(total / self.words.sum()),
+            "word_ppl": _exp(total / (words or self.words.sum())),
             "bits_per_byte": float(total / math.log(2) / self.bytes.sum()),
             "flops_per_token": self.flops_per_token,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -120,6 +120,7 @@ def evaluate(
     tokenizer,
     *,
     protocol: str,
+    stride: int | None = None,
     lanes: int = 8,
     parallel_windows: int = PARALLEL_WINDOWS,
     dtype: torch.dtype | None = None,
@@ -131,22 +132,27 @@ def evaluate(
         documents: token ids (n,) each, n >= 2.
         tokenizer: to count words and bytes of the texts that the ids stand for.
         protocol: one of PROTOCOLS.
+        stride: of overlap, 1 to a window; None: half a window.
         lanes: documents read side by side.
         parallel_windows: P, windows of a document computed at once.
         dtype: run under autocast to this type.
         progress: show a bar.
 
     Raises:
-        InputError: an unknown protocol, no documents, or one with nothing to predict.
+        InputError: an unknown protocol, a stride out of range, no documents, or one with nothing to predict.
     """
     documents = list(documents)
     how = _checked(documents, protocol)
+    check_range(1, model.config.window, stride=stride)
     reader = _Reader(model, lanes, parallel_windows, dtype, progress)
     window = model.config.window
     with Meter(model) as measured:
-        losses = reader.shuffled(documents) if how.other_documents else reader.read(documents, how.recurrent)
-        positions = [np.arange(len(each)) % window for each in losses]
-        if how.passes == 2:
+        if how.name == "overlap":
+            losses, positions = _read_overlapping(reader, documents, window, stride or max(1, window // 2))
+        else:
+            losses = reader.shuffled(documents) if how.other_documents else reader.read(documents, how.recurrent)
+            positions = [np.arange(len(each)) % window for each in losses]
+        if how.name == "recurrent+overlap":
             halves = [tokens[window // 2 :] for tokens in documents if _overlaps(tokens, window)]
             later = reader.read(halves, how.recurrent)
             losses, positions = _merge(losses, later, documents, window)
@@ -267,6 +273,24 @@ class _Reader:
             target = losses[order[segment.document[lane, step]]]
             first = int(segment.window[lane, step]) * length
             target[first : first + length] = nats[lane, step, : len(target) - first]
+
+
+def _read_overlapping(reader, documents, window, stride):
+    """Windows `stride` tokens apart, each by itself -> nats of each document's tokens; and their positions in the window
+    that scored them, `window` where few are scored at that position, all of them in first windows."""
+    starts = [range(0, max(1, len(tokens) - 1 - window + stride), stride) for tokens in documents]
+    pieces = [
+        tokens[start : start + window + 1] for tokens, own in zip(documents, starts, strict=True) for start in own
+    ]
+    read = iter(reader.read(pieces, False))
+    losses, positions = [], []
+    for own in starts:
+        parts = [next(read) for _ in own]
+        skipped = [0] + [window - stride] * (len(parts) - 1)  # what the window before has scored
+        losses.append(np.concatenate([part[skip:] for part, skip in zip(parts, skipped, strict=True)]))
+        position = np.concatenate([np.arange(skip, len(part)) for part, skip in zip(parts, skipped, strict=True)])
+        positions.append(np.where(position < window - stride, window, position))
+    return losses, positions
 
 
 def _overlaps(tokens, window):

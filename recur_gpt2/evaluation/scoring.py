@@ -32,6 +32,8 @@ def evaluate_model(args: EvaluationArguments) -> dict:
     model = load_any(args.model, args.window, args.recurrence).to(device)
     corpus = load_corpus(args.data, args.split, tokenizer)
     documents = evaluation_documents(corpus, args.eval_tokens or None)
+    if args.stride and "overlap" not in (args.protocols or PROTOCOLS):
+        raise InputError(f"stride={args.stride} is of the protocol overlap; add it to --protocols")
     obstacles = {name: obstacle(each, model.config.is_recurrent, len(documents)) for name, each in PROTOCOLS.items()}
     for name in args.protocols or ():
         if name not in obstacles:
@@ -42,9 +44,13 @@ def evaluate_model(args: EvaluationArguments) -> dict:
     dtype = autocast_dtype(model, args.precision, training=False)
     options = {"lanes": args.lanes, "parallel_windows": args.parallel_windows, "dtype": dtype, "progress": True}
     evaluations = {
-        name: evaluate(model, documents, tokenizer, protocol=name, **options) for name in args.protocols or possible
+        name: evaluate(
+            model, documents, tokenizer, protocol=name, stride=args.stride if name == "overlap" else None, **options
+        )
+        for name in args.protocols or possible
     }
-    rows = [each.row(name, PROTOCOLS[name].reported, model.config.window) for name, each in evaluations.items()]
+    window, words = model.config.window, args.word_count
+    rows = [each.row(name, PROTOCOLS[name].reported, window, words) for name, each in evaluations.items()]
     return {"rows": rows, **by_document(evaluations), "split_rule": corpus.split_rule}
 
 
