@@ -276,8 +276,8 @@ class _Reader:
 
 
 def _read_overlapping(reader, documents, window, stride):
-    """Windows `stride` tokens apart, each by itself -> nats of each document's tokens; and their positions in the window
-    that scored them, `window` where few are scored at that position, all of them in first windows."""
+    """Windows `stride` tokens apart, each by itself -> nats of each document's tokens; and their positions in the
+    window that scored them, `window` where few are scored at that position, all of them in first windows."""
     starts = [range(0, max(1, len(tokens) - 1 - window + stride), stride) for tokens in documents]
     pieces = [
         tokens[start : start + window + 1] for tokens, own in zip(documents, starts, strict=True) for start in own

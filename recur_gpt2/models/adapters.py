@@ -79,15 +79,18 @@ def load_adapted(folder: str, window: int | None, recurrence: str, **options) ->
     _check_peft()
     with refusing_damage(f"{CONFIG} of {folder}"):
         base = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if load_config(base).model_type == "recur_gpt2":
-        model = RecurGPT2LMHeadModel.from_pretrained(base, dtype="float32")
-    else:
-        if (Path(folder) / "config.json").is_file():
-            options = {name: getattr(load_config(folder), name) for name in OWN_FIELDS}
-            window, recurrence = options.pop("window"), options.pop("recurrence")
-        model = RecurGPT2LMHeadModel.from_gpt2(base, window=window or 256, recurrence=recurrence, **options)
-    with refusing_damage(f"the adapter in {folder}, made on {base},"):
-        return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+    if (Path(folder) / "config.json").is_file():
+        options = {name: getattr(load_config(folder), name) for name in OWN_FIELDS}
+        window, recurrence = options.pop("window"), options.pop("recurrence")
+    try:
+        if load_config(base).model_type == "recur_gpt2":
+            model = RecurGPT2LMHeadModel.from_pretrained(base, dtype="float32")
+        else:
+            model = RecurGPT2LMHeadModel.from_gpt2(base, window=window or 256, recurrence=recurrence, **options)
+        with refusing_damage("its weights"):
+            return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except InputError as error:
+        raise InputError(f"the adapter in {folder} does not fit the base that it names, {base}: {error}") from error
 
 
 def _check_peft():

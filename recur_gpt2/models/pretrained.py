@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from copy import copy
+from pathlib import Path
 
 import torch
+from huggingface_hub import file_exists
 from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 
@@ -16,6 +18,7 @@ from .configuration import OWN_FIELDS, RecurGPT2Config, with_window
 from .feature_map_fitting import fit_feature_maps
 from .hub import load_gpt2
 from .memory import LayerMemory, PooledMemory
+from .model_card import model_card
 from .slot_initialization import fit_slots
 
 NO_LIMIT = int(1e30)  # as transformers says that a tokenizer has none
@@ -97,6 +100,20 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
             for block in getattr(self, "transformer", self).h:
                 block.unfuse_feature_map()
         return super().train(mode)
+
+    def push_to_hub(self, repo_id: str, *args, results: str | Path | None = None, **kwargs):
+        """As in transformers; a repository without a model card is given one.
+
+        Args:
+            results: results.json of a comparison, to be shown on the card.
+        """
+        card = model_card(self.config, type(self).__name__, repo_id, results)
+        options = {name: kwargs[name] for name in ("token", "revision") if name in kwargs}
+        has_card = file_exists(repo_id, "README.md", **options)
+        pushed = super().push_to_hub(repo_id, *args, **kwargs)
+        if not has_card:
+            card.push_to_hub(repo_id, create_pr=kwargs.get("create_pr"), **options)
+        return pushed
 
     def save_pretrained(self, save_directory, *args, tokenizer=None, **kwargs):
         """As in transformers; with `tokenizer`, its files are saved beside the model, for texts of any length."""
