@@ -5,6 +5,7 @@ Not for tokens, which are corpora.py's, nor for data on the hub.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -112,7 +113,7 @@ def read_documents(files: list[Path]) -> Iterator[dict]:
     for path in files:
         number = 0
         for number, document in enumerate(READERS[path.suffix.lower()](path), start=1):
-            where = f"{path} {document.place}".rstrip()
+            where = f"{name_of(path)} {document.place}".rstrip()
             digest = hashlib.sha256(check_text(document.text, where)).hexdigest()
             if not document.text.strip():
                 raise InputError(f"{where} is an empty document or only white space; leave it out, or write text to it")
@@ -120,6 +121,11 @@ def read_documents(files: list[Path]) -> Iterator[dict]:
             yield {"where": where, "title": title, "text": document.text, "digest": digest}
         if number == 0:
             raise InputError(f"{path} holds no document; leave it out, or write text to it")
+
+
+def name_of(path: str | Path) -> str:
+    """A file's name as text that can be written anywhere, whatever bytes it is made of."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def check_text(text: object, where: str) -> bytes:
@@ -133,7 +139,7 @@ def check_text(text: object, where: str) -> bytes:
 
 
 def _read_txt(path):
-    yield Document("", _decode(path.read_bytes(), path), path.stem)
+    yield Document("", _decode(path.read_bytes(), path), name_of(path.stem))
 
 
 def _read_jsonl(path):

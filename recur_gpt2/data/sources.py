@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 
 from ..errors import InputError
 from .corpora import BUNDLED, HELP, bundled, hub_rows, is_hub_name
-from .files import READERS, check_columns, check_text, find_files
+from .files import READERS, check_columns, check_text, find_files, name_of
 
 
 class NamedText(NamedTuple):
@@ -113,7 +113,7 @@ def _file(path, name=None):
     suffix = path.suffix.lower()
     if suffix not in READERS:
         raise InputError(f"{path} is not a {', '.join(READERS)} file; convert it to one of these")
-    name = name or path.as_posix()
+    name = name_of(name or path.as_posix())
     if suffix == ".txt":
         return Source(lambda: iter([NamedText(name, lambda: _only(path).text)]), 1)
     return Source(lambda: _documents(path, name), _count(path))

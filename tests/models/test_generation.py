@@ -281,12 +281,9 @@ def test_reading_in_chunks_leaves_the_state_of_reading_at_once(make_model, form,
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds cannot be used"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens cannot be used"),
         ({"assistant_model": object()}, "assistant_model cannot be used"),
-        ({"output_attentions": True}, "output_attentions cannot be used"),
         ({"cache_implementation": "static"}, "cache_implementation cannot be used"),
-        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "row 0 is padded behind its prompt"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from recur_gpt2 import InputError, RecurGPT2Config, RecurGPT2LMHeadModel, RecurGPT2Model
 from recur_gpt2.models.block import is_new
+from recur_gpt2.models.loading import load_any
 
 MINI = DATA / "gpt2-mini"
 # What a GPT-2 checkpoint may say beside its sizes.
@@ -277,14 +278,16 @@ def test_the_gpt2_in_it_has_gpt2s_names_and_weights(form, make_model, gpt2):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_saved_model_in_16_bit_is_widened_unless_asked_for(dtype, make_model, tmp_path):
+def test_a_saved_model_in_16_bit_stays_so_unless_asked_for(dtype, make_model, tmp_path):
+    """As in transformers; our own commands ask for it."""
     make_model("default", torch.float32).save_pretrained(tmp_path)
     RecurGPT2LMHeadModel.from_pretrained(tmp_path, dtype=dtype).save_pretrained(tmp_path / "half")
     for load in (RecurGPT2LMHeadModel, AutoModelForCausalLM):
         loaded = load.from_pretrained(tmp_path / "half")
-        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
-        loaded = load.from_pretrained(tmp_path / "half", dtype="auto")
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+        loaded = load.from_pretrained(tmp_path / "half", dtype=torch.float32)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert load_any(tmp_path / "half").dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -363,12 +366,7 @@ def test_a_layer_that_does_not_exist_is_refused(layer, make_model):
         make_model("default").transformer(random_ids(1, 2), layer=layer)
 
 
-def test_what_would_do_nothing_or_read_without_memory_is_refused(make_model):
-    """transformers' gradient checkpointing wraps whole layers, which are read in parts here."""
+def test_a_layer_called_by_itself_which_would_read_without_memory_is_refused(make_model):
     model = make_model("default")
-    for switch in (model.gradient_checkpointing_enable, model.activation_checkpointing_enable):
-        with pytest.raises(InputError, match="--checkpointing"):
-            switch()
-    assert not model.supports_gradient_checkpointing
     with pytest.raises(InputError, match="cannot be called by itself"):
         model.transformer.h[0](torch.zeros(1, 3, model.config.n_embd))

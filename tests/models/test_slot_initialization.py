@@ -146,6 +146,9 @@ def test_sinks_start_as_gpt2s_first_position(options, gpt2_folder, gpt2):
     first = projections(gpt2, tokens[:, :1], torch.zeros(1, dtype=torch.int64))
     for layer in model.config.insert_layers:
         sink = model.transformer.recurrence.get(str(layer)).sink
+        if sink is None:
+            assert not model.config.sink_slots
+            continue
         assert_close(sink, first[layer].expand_as(sink), rtol=1e-4, atol=1e-4)
 
 
