@@ -45,6 +45,8 @@ VARIANTS = {  # name -> recurrence, and what differs from TrainingArguments' def
     "default_p1": ("default", {"parallel_windows": 1}),
     "yoshida2020": ("yoshida2020", {}),
     "checkpointing": ("default", {"checkpointing": True}),
+    "lora": ("default", {"lora_rank": 8}),
+    "lora_checkpointing": ("default", {"lora_rank": 8, "checkpointing": True}),
 }
 SWEEP = [2, 4, 8, 16, 32]
 AIMS = {"speed_ratio": 0.97, "memory_ratio": 1.03, "sweep_memory_ratio": 1.03}
@@ -110,6 +112,7 @@ def _sweep(args):
 
 def measure(settings: Namespace) -> dict:
     """One variant: speed of its median step, and peak memory."""
+    from recur_gpt2.models.adapters import add_lora
     from recur_gpt2.training.arguments import TrainingArguments
     from recur_gpt2.training.optimizer import make_optimizer
 
@@ -117,6 +120,8 @@ def measure(settings: Namespace) -> dict:
     recurrence, changed = VARIANTS[settings.variant]
     arguments = TrainingArguments(lanes=settings.lanes, bptt=settings.bptt, **changed)
     model = build_transformers(settings) if recurrence is None else build_ours(settings, recurrence)
+    if arguments.lora_rank:
+        add_lora(model, arguments.lora_rank, settings.model)
     model.to(device).train()
     loss_of = (_transformers_loss if recurrence is None else _our_loss)(model, arguments, settings)
     optimizer = make_optimizer(model, arguments)

@@ -2,6 +2,7 @@
 
 import sys
 
+import mteb
 import numpy as np
 import pytest
 from conftest import DATA, ROOT
@@ -10,7 +11,6 @@ from sentence_transformers import SentenceTransformer
 from recur_gpt2.models.hub import load_tokenizer
 from recur_gpt2.sentence_transformers import RecurGPT2Embedding
 
-mteb = pytest.importorskip("mteb")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from passkey_tasks import make_documents, make_task
