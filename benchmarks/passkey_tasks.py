@@ -62,7 +62,7 @@ def make_task(kind: str, tokens: int, count: int, tokenizer, books: list[str]) -
             modalities=["text"],
             eval_splits=["test"],
             eval_langs=["eng-Latn"],
-            main_score="hit_rate_at_1",
+            main_score="recall_at_1",
         )
 
         def load_data(self, **_):

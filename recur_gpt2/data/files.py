@@ -5,7 +5,6 @@ Not for tokens, which are corpora.py's, nor for data on the hub.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import InputError
+from ..utils.files import name_of
 
 SPLITS = ("train", "validation", "test")
 ALL = "all"  # in place of a split: the test split; all documents of data that has no splits of its own
@@ -121,11 +121,6 @@ def read_documents(files: list[Path]) -> Iterator[dict]:
             yield {"where": where, "title": title, "text": document.text, "digest": digest}
         if number == 0:
             raise InputError(f"{path} holds no document; leave it out, or write text to it")
-
-
-def name_of(path: str | Path) -> str:
-    """A file's name as text that can be written anywhere, whatever bytes it is made of."""
-    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def check_text(text: object, where: str) -> bytes:

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from ..errors import InputError
+from ..utils.files import name_of
 from .corpora import BUNDLED, HELP, bundled, hub_rows, is_hub_name
-from .files import READERS, check_columns, check_text, find_files, name_of
+from .files import READERS, check_columns, check_text, find_files
 
 
 class NamedText(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
-from ..utils.files import atomic_path
+from ..utils.files import atomic_path, name_of
 from .protocols import ROWS
 
 DPI = 150
@@ -197,7 +197,7 @@ def setting_line(results):
 
 def source_line(settings):
     """'gpt2 on pg19'."""
-    model, data = (Path(str(settings.get(key, f"unknown {key}"))).name for key in ("model", "data"))
+    model, data = (name_of(Path(str(settings.get(key, f"unknown {key}"))).name) for key in ("model", "data"))
     return f"{model} on {data}"
 
 

@@ -41,6 +41,8 @@ class _Classifier(RecurGPT2PreTrainedModel):
         position_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        **flattened: Tensor | int,
     ) -> RecurGPT2ClassifierOutput | tuple:
         """Read any number of tokens and classify them.
 
@@ -62,6 +64,8 @@ class _Classifier(RecurGPT2PreTrainedModel):
             position_ids=position_ids,
             output_attentions=output_attentions,
             return_dict=True,
+            use_cache=use_cache,
+            **flattened,
         )
         logits = self._logits(read.last_hidden_state, input_ids, attention_mask)
         loss = None if labels is None else self.loss_function(logits, labels)

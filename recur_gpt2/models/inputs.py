@@ -68,6 +68,24 @@ def check_positions(position_ids: Tensor, attention_mask: Tensor | None, shape: 
     )
 
 
+# What collators and trainers that join documents in one row give beside position ids: the same, for other kernels.
+FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+def joined_positions(position_ids: Tensor | None, flattened: dict[str, Tensor | int]) -> Tensor | None:
+    """The position ids, made from the borders of documents (`cu_seq_lens_q`, (R + 1,)) where they are left out.
+
+    Raises:
+        TypeError: `flattened` holds an argument that is none of FLATTENED.
+    """
+    for name in flattened.keys() - FLATTENED:
+        raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+    borders = flattened.get("cu_seq_lens_q")
+    if position_ids is None and borders is not None:
+        return torch.cat([torch.arange(length) for length in borders.diff().tolist()])[None].to(borders.device)
+    return position_ids
+
+
 class JoinedDocuments:
     """Several documents in one row, as collators without padding make them: position ids begin at 0 at each.
 

@@ -26,7 +26,15 @@ from .block import RecurGPT2Block
 from .cache import RecurCache, given_cache
 from .configuration import RecurGPT2Config
 from .generation import PARALLEL_WINDOWS, RecurGeneration, kept_positions
-from .inputs import JoinedDocuments, check_labels, check_positions, packed_inputs, refuse_cross_attention, shape_of
+from .inputs import (
+    JoinedDocuments,
+    check_labels,
+    check_positions,
+    joined_positions,
+    packed_inputs,
+    refuse_cross_attention,
+    shape_of,
+)
 from .memory import Recurrence
 from .outputs import CACHE, RecurGPT2LMOutput, RecurGPT2Output
 from .packing import Packing
@@ -69,6 +77,8 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         position_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        **flattened: Tensor | int,
     ) -> RecurGPT2Output | tuple:
         """Read any number of tokens.
 
@@ -88,19 +98,21 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             output_attentions: return attention weights too, which are not made otherwise. None: as the configuration
                 says.
             return_dict: False: a tuple of all that is not None. None: as the configuration says.
+            use_cache: False: return no state.
+            flattened: what collators that join documents in one row give beside position ids (`cu_seq_lens_q`, ...).
 
         Raises:
             InputError: the state is of another batch size or `layer`, or there are no tokens; or what windows do not
                 allow.
         """
         shape, _ = shape_of(input_ids, inputs_embeds)
-        documents = None
+        position_ids, documents = joined_positions(position_ids, flattened), None
         if position_ids is not None:
             documents = JoinedDocuments.found(position_ids, attention_mask, shape[0])
         if documents is not None:
             inputs = input_ids, inputs_embeds, token_type_ids
             options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-            options |= {"state": state, "parallel_windows": parallel_windows, "layer": layer}
+            options |= {"state": state, "parallel_windows": parallel_windows, "layer": layer, "use_cache": use_cache}
             out = self._forward_joined(documents, *map(documents.rows, inputs), **options)
             return out if self._returns_dict(return_dict) else out.to_tuple()
         packing = packed_inputs(self.wte, input_ids, inputs_embeds, token_type_ids, attention_mask)
@@ -130,6 +142,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         is_new = not before.windows.any() and not before.filled.any()
         within = shape[1] if is_new and shape[1] <= self.config.window else None
         attentions = self._unpacked_weights(packing, pieces, weights, within) if show else None
+        state = None if use_cache is False else state
         out = RecurGPT2Output(layers[-1], state, tuple(layers) if every_layer else None, attentions)
         return out if self._returns_dict(return_dict) else out.to_tuple()
 
@@ -291,6 +304,7 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
         num_items_in_batch: int | Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        **flattened: Tensor | int,
     ) -> RecurGPT2LMOutput | tuple:
         """Read any number of tokens and predict each one's successor.
 
@@ -314,7 +328,7 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
             encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask
         )
         check_labels(labels, *shape_of(input_ids, inputs_embeds))
-        cache = given_cache(cache, past_key_values)
+        cache, position_ids = given_cache(cache, past_key_values), joined_positions(position_ids, flattened)
         options = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "position_ids": position_ids}
         for name, given in {
             "output_hidden_states": output_hidden_states,

@@ -6,7 +6,7 @@ from copy import copy
 from pathlib import Path
 
 import torch
-from huggingface_hub import file_exists
+from huggingface_hub import file_exists, upload_file
 from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 
@@ -109,10 +109,12 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
         """
         card = model_card(self.config, type(self).__name__, repo_id, results)
         options = {name: kwargs[name] for name in ("token", "revision") if name in kwargs}
+        request = {"create_pr": kwargs["create_pr"]} if "create_pr" in kwargs else {}
         has_card = file_exists(repo_id, "README.md", **options)
         pushed = super().push_to_hub(repo_id, *args, **kwargs)
         if not has_card:
-            card.push_to_hub(repo_id, create_pr=kwargs.get("create_pr"), **options)
+            content = str(card).encode()
+            upload_file(path_or_fileobj=content, path_in_repo="README.md", repo_id=repo_id, **options, **request)
         return pushed
 
     def save_pretrained(self, save_directory, *args, tokenizer=None, **kwargs):

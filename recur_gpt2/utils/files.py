@@ -13,6 +13,11 @@ from ..errors import InputError
 UNFINISHED = "unfinished"
 
 
+def name_of(path: str | Path) -> str:
+    """A file's name as text that can be written anywhere, whatever bytes it is made of."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def check_can_write(path: Path, *, folder: bool = False) -> None:
     """To be called before any work is done for a file, or for a folder of files; neither need exist yet.
 
@@ -50,7 +55,7 @@ def atomic_path(path):
 def atomic_write_text(path, text):
     """Write `text` as UTF-8 to `path`, whole or not at all, with the same line ends on every system."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
 @contextmanager

@@ -117,8 +117,11 @@ def test_the_trainers_metrics_see_logits_and_labels_alone(gpt2_folder, tmp_path)
 
 def test_documents_flattened_by_a_collator_train_as_rows_do(gpt2_folder):
     model, rows = fresh(gpt2_folder).double(), [IDS[0, :5], IDS[0, 3:30], IDS[0, 2:11]]
-    flat = DataCollatorWithFlattening()([{"input_ids": row.tolist()} for row in rows])
-    assert_close(model(**flat).loss, model(**collate(rows)).loss)
+    for options in ({}, {"return_flash_attn_kwargs": True, "return_position_ids": False, "return_seq_idx": True}):
+        flat = DataCollatorWithFlattening(**options)([{"input_ids": row.tolist()} for row in rows])
+        assert_close(model(**flat).loss, model(**collate(rows)).loss)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such'"):
+        model(IDS, no_such=1)
 
 
 def test_pipelines_write_in_batches_with_the_bundled_tokenizer():
