@@ -78,11 +78,22 @@ def refusing_damage(what: str) -> Iterator[None]:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with a model."""
+    """The tokenizer that lies with a model.
+
+    Raises:
+        InputError: there is none, it is damaged, or it has more entries than the model has rows of embeddings.
+    """
     if (Path(name_or_path) / "tokenizer.json").is_file():
-        load_config(name_or_path)  # which tokenizers are read by, too: what is wrong there is said of it
+        config = load_config(name_or_path)  # which tokenizers are read by, too: what is wrong there is said of it
         with refusing_damage(f"the tokenizer of {name_or_path}"):
-            return AutoTokenizer.from_pretrained(name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        rows = getattr(config, "vocab_size", len(tokenizer))
+        if len(tokenizer) > rows:
+            raise InputError(
+                f"the tokenizer of {name_or_path} has {len(tokenizer)} entries and the model {rows} rows of vectors; "
+                f"give the tokenizer that it was trained with, or a model that was resized (resize_token_embeddings)"
+            )
+        return tokenizer
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # offline, unknown, no name at all: each library has its own

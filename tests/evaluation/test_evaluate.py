@@ -67,12 +67,12 @@ def stride_losses(gpt2, tokens, start):
     return torch.nn.functional.cross_entropy(logits, torch.as_tensor(targets), reduction="none").numpy()
 
 
-def plain_overlap(gpt2, tokens):
-    """The usual strided loop: windows move on by half a window, and each but the first scores its later half."""
+def plain_overlap(gpt2, tokens, stride=HALF):
+    """The usual strided loop: windows move on by the stride, and each but the first scores what none before it has."""
     losses = np.full(len(tokens) - 1, np.nan)
-    for start in range(0, len(tokens) - 1, HALF):
+    for start in range(0, len(tokens) - 1, stride):
         scored = stride_losses(gpt2, tokens, start)
-        skip = 0 if start == 0 else HALF
+        skip = 0 if start == 0 else T - stride
         losses[start + skip : start + T] = scored[skip:]
     return losses
 
@@ -141,6 +141,16 @@ def test_overlap_is_the_usual_strided_loop_with_transformers_gpt2(kind, models):
     gpt2 = gpt2_of(models[kind])
     found = score(models[kind], protocol="overlap")
     assert_losses(found.losses, [plain_overlap(gpt2, tokens) for tokens in DOCUMENTS])
+
+
+@pytest.mark.parametrize("stride", [1, 3, T - 1, T])
+def test_overlapping_windows_may_be_any_stride_apart(stride, models):
+    gpt2 = gpt2_of(models["last"])
+    found = score(models["last"], protocol="overlap", stride=stride)
+    assert_losses(found.losses, [plain_overlap(gpt2, tokens, stride) for tokens in DOCUMENTS])
+    for bad in (0, T + 1):
+        with pytest.raises(InputError, match=f"stride={bad} must be at"):
+            score(models["last"], protocol="overlap", stride=bad)
 
 
 @kinds
@@ -229,9 +239,10 @@ def test_documents_come_back_in_the_order_given(models):
 
 def test_overlap_reads_more_tokens_for_those_that_it_scores(models):
     scored = sum(LENGTHS) - len(LENGTHS)
-    again = sum(length - 1 - HALF for length in LENGTHS if length - 1 > T)
+    windows = [(length - 1, start) for length in LENGTHS for start in range(0, max(1, length - 1 - HALF), HALF)]
+    overlapping = sum(min(T, targets - start) for targets, start in windows)
     config = models["last"].config
-    for protocol, read in (("disjoint", scored), ("overlap", scored + again), ("recurrent", scored)):
+    for protocol, read in (("disjoint", scored), ("overlap", overlapping), ("recurrent", scored)):
         found = score(models["last"], protocol=protocol)
         assert found.tokens_read == read
         flops = flops_per_token(config, memory=protocol == "recurrent")
@@ -337,6 +348,7 @@ def test_perplexities_and_bits_divide_one_total_loss():
     assert row["nats"] == found.nats == pytest.approx(total / 44)
     assert row["token_ppl"] == pytest.approx(math.exp(total / 44))
     assert row["word_ppl"] == pytest.approx(math.exp(total / 27))
+    assert found.row("mine", "recurrent", 8, words=10)["word_ppl"] == pytest.approx(math.exp(total / 10))
     assert row["bits_per_byte"] == pytest.approx(total / 180 / math.log(2))
     assert row["tokens_per_second"] == 22
     assert row["peak_memory_bytes"] == 7

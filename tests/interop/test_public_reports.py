@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import DATA, WINDOW
 from torch.testing import assert_close
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from recur_gpt2 import DocumentEmbedder, RecurGPT2LMHeadModel
+from recur_gpt2 import DocumentEmbedder, InputError, RecurGPT2LMHeadModel
+from recur_gpt2.models.hub import load_tokenizer
 
 IDS = torch.arange(1, 3 * WINDOW + 4).remainder(97).view(1, -1).repeat(2, 1) + torch.tensor([[0], [5]])
 
@@ -135,3 +136,18 @@ def test_workers_of_a_loader_tokenise_after_their_parent_has():
     alone = torch.utils.data.DataLoader(Texts(tokenizer), batch_size=4)
     losses, expected = ([float(model(ids, labels=ids).loss) for ids in each] for each in (loader, alone))
     assert losses == pytest.approx(expected)
+
+
+def test_a_tokenizer_with_more_entries_than_the_model_has_embeddings_is_refused(tmp_path):
+    """In one sentence, and not by an index error in the middle of a text; fewer are common, and taken."""
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "gpt2-mini")
+    config = AutoConfig.from_pretrained(DATA / "gpt2-mini")
+    for rows in (len(tokenizer) - 1, len(tokenizer) + 8):
+        config.vocab_size = rows
+        config.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        if rows < len(tokenizer):
+            with pytest.raises(InputError, match=f"has {len(tokenizer)} entries and the model {rows} rows"):
+                load_tokenizer(tmp_path)
+        else:
+            assert len(load_tokenizer(tmp_path)) == len(tokenizer)
