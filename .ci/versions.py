@@ -37,7 +37,7 @@ def newest():
     """As pip would choose them together, with the PyTorch that is here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    listed = [*project["dependencies"], *extras["search"], *extras["sentence-transformers"]]
+    listed = [*project["dependencies"], *(line for extra, lines in extras.items() if extra != "test" for line in lines)]
     names = [name for line in listed if (name := Requirement(line).name) != "torch"]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--upgrade", "--report", "-"]
     command += ["--upgrade-strategy", "eager", f"torch=={version('torch')}", *names]
