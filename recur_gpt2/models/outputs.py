@@ -29,12 +29,17 @@ class RecurGPT2Output(ModelOutput):
         attentions: with `output_attentions`, L tensors (B, H, N, M + F): what each position attends to, the layer's
             memory slots first, then the positions of its own window, F of them in the fullest window that was read. M
             is 0 where no window that was read has memory, so that a text within one window gives what GPT-2 gives.
+        cache: None, for those who ask GPT-2's output for it; the state is in its place.
     """
 
     last_hidden_state: Tensor | None = None
     state: RecurState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    if CACHE == NEW_CACHE:
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None
 
 
 @dataclass
