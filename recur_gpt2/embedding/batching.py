@@ -105,6 +105,7 @@ class Reader:
             reading.state,
             parallel_windows=max(1, longest // self.model.config.window),
             layer=self.layer,
+            return_dict=True,
         )
         hidden = out.last_hidden_state
         sums = reading.sums + widen(hidden).sum(dim=1).double()

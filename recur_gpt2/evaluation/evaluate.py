@@ -132,7 +132,7 @@ def evaluate(
         documents: token ids (n,) each, n >= 2.
         tokenizer: to count words and bytes of the texts that the ids stand for.
         protocol: one of PROTOCOLS.
-        stride: of overlap, 1 to a window; None: half a window.
+        stride: of overlap alone, 1 to a window; None: half a window.
         lanes: documents read side by side.
         parallel_windows: P, windows of a document computed at once.
         dtype: run under autocast to this type.
@@ -147,12 +147,12 @@ def evaluate(
     reader = _Reader(model, lanes, parallel_windows, dtype, progress)
     window = model.config.window
     with Meter(model) as measured:
-        if how.name == "overlap":
+        if how.passes == 2 and not how.recurrent:
             losses, positions = _read_overlapping(reader, documents, window, stride or max(1, window // 2))
         else:
             losses = reader.shuffled(documents) if how.other_documents else reader.read(documents, how.recurrent)
             positions = [np.arange(len(each)) % window for each in losses]
-        if how.name == "recurrent+overlap":
+        if how.passes == 2 and how.recurrent:
             halves = [tokens[window // 2 :] for tokens in documents if _overlaps(tokens, window)]
             later = reader.read(halves, how.recurrent)
             losses, positions = _merge(losses, later, documents, window)

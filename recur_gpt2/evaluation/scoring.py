@@ -42,12 +42,10 @@ def evaluate_model(args: EvaluationArguments) -> dict:
             raise InputError(f"protocol {name!r} {obstacles[name]}, or leave it out")
     possible = [name for name, why in obstacles.items() if why is None]
     dtype = autocast_dtype(model, args.precision, training=False)
-    options = {"lanes": args.lanes, "parallel_windows": args.parallel_windows, "dtype": dtype, "progress": True}
+    options = {"stride": args.stride, "lanes": args.lanes, "parallel_windows": args.parallel_windows}
+    options |= {"dtype": dtype, "progress": True}
     evaluations = {
-        name: evaluate(
-            model, documents, tokenizer, protocol=name, stride=args.stride if name == "overlap" else None, **options
-        )
-        for name in args.protocols or possible
+        name: evaluate(model, documents, tokenizer, protocol=name, **options) for name in args.protocols or possible
     }
     window, words = model.config.window, args.word_count
     rows = [each.row(name, PROTOCOLS[name].reported, window, words) for name, each in evaluations.items()]

@@ -23,8 +23,9 @@ TOKENS_AT_ONCE = 1024
 STATE_DECAY = -2.0  # logit of the factor that a new layer's carried (S, z) decays by
 
 
+NEW_PARTS = {"recurrence", "feature_map", "far_gate"}  # what GPT-2 has not
 HEADS = {"score", "classifier"}  # of models that classify
-NEW = {"recurrence", "feature_map", "far_gate", "state_decay"} | HEADS
+NEW = NEW_PARTS | HEADS | {"state_decay"}
 
 
 def is_new(name: str) -> bool:

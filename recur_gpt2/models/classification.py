@@ -70,7 +70,7 @@ class _Classifier(RecurGPT2PreTrainedModel):
         logits = self._logits(read.last_hidden_state, input_ids, attention_mask)
         loss = None if labels is None else self.loss_function(logits, labels)
         out = RecurGPT2ClassifierOutput(loss, logits, read.state, read.hidden_states, read.attentions)
-        return out if self._returns_dict(return_dict) else out.to_tuple()
+        return self._returned(out, return_dict)
 
 
 class RecurGPT2ForSequenceClassification(_Classifier):

@@ -20,9 +20,12 @@ from .cache import RecurCache, given_cache
 from .hub import load_tokenizer
 from .inputs import check_positions, shape_of
 from .outputs import CACHE, NEW_CACHE, OLD_CACHE, RecurGPT2LMOutput
+from .packing import has_padding
 from .state import RecurState
 
 PARALLEL_WINDOWS = 4  # of a prompt, read at once
+# Whatever the configuration asks for beside it.
+PLAIN_OUTPUT = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 NOT_POSSIBLE = {
     "assistant_model": "tokens that are not kept would have to be forgotten again; leave it out",
     "prompt_lookup_num_tokens": "tokens that are not kept would have to be forgotten again; leave it out",
@@ -124,7 +127,8 @@ class RecurGeneration(GenerationMixin):
         size = parallel_windows * self.config.window
         with tqdm(unit="tok", unit_scale=True, disable=not progress, leave=False) as bar:
             for ids in self._pieces(text, tokenizer, size):
-                state = self.transformer(ids[None], state=state, parallel_windows=parallel_windows).state
+                out = self.transformer(ids[None], None, state, parallel_windows=parallel_windows, **PLAIN_OUTPUT)
+                state = out.state
                 bar.update(len(ids))
         if state is None:
             raise InputError("there is nothing to read; give a text or token ids")
@@ -151,12 +155,11 @@ class RecurGeneration(GenerationMixin):
         if positions_given is not None:
             check_positions(positions_given, attention_mask, (rows, positions), cache is not None or state is not None)
         asked = any(given is not None and given is not False for given in options.values())
-        whole = attention_mask is None or bool((attention_mask != 0).all())
         step = cache is not None and positions == 1 and rows % cache.batch_size == 0
         if step and rows > cache.batch_size:
             cache.batch_repeat_interleave(rows // cache.batch_size)
         layers = attentions = None
-        if step and not asked and whole:
+        if step and not asked and not has_padding(attention_mask):
             hidden = cache.step(input_ids)
         elif cache is not None and cache.held is not None:
             raise InputError(f"{CACHE} holds a token that was read already; give that one first, alone and unmasked")
@@ -191,15 +194,7 @@ class RecurGeneration(GenerationMixin):
             if mask is not None and not bool(mask.any()):
                 hidden = self.transformer.wte.weight.new_zeros(*ids.shape, self.config.n_embd)
             else:
-                out = self.transformer(
-                    ids,
-                    mask,
-                    state,
-                    parallel_windows=parallel_windows,
-                    output_hidden_states=False,
-                    output_attentions=False,
-                    return_dict=True,
-                )
+                out = self.transformer(ids, mask, state, parallel_windows=parallel_windows, **PLAIN_OUTPUT)
                 state, hidden = out.state, out.last_hidden_state
             hidden, last = _over_pads(hidden, mask, last)
             kept.append(hidden)
@@ -217,7 +212,7 @@ def _over_pads(hidden, mask, last):
     Returns:
         (B, N, D), and the last ones (B, 1, D).
     """
-    if mask is not None and not bool((mask != 0).all()):
+    if has_padding(mask):
         before = torch.zeros_like(hidden[:, :1]) if last is None else last
         positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         index = (positions * (mask != 0)).cummax(dim=1).values.to(hidden.device)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import InputError
+
+NO_LIMIT = int(1e30)  # as transformers says that a tokenizer has none
 
 
 def load_config(name_or_path: str) -> PretrainedConfig:
@@ -75,6 +78,13 @@ def refusing_damage(what: str) -> Iterator[None]:
     except Exception as error:  # safetensors, zip, JSON and checks of fields: each has its own
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{what} cannot be read ({why}); copy it again, whole") from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a tokenizer's files, for texts of any length."""
+    tokenizer = copy(tokenizer)
+    tokenizer.model_max_length = NO_LIMIT
+    tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..utils.files import whole_folder
-from .adapters import is_adapter, load_adapted, save_adapter
+from .adapters import adapter_base, is_adapter, merge_adapter, save_adapter
 from .block import is_new
 from .configuration import OWN_FIELDS, RecurGPT2Config
 from .hub import load_config, refuse_missing, refusing_damage
@@ -22,9 +22,7 @@ def load_any(name_or_path: str, window: int | None = None, recurrence: str = "no
     """One of our models as it is, or a GPT-2 given a window (256 unless said otherwise), a recurrence and `options`; or
     the one that an adapter was made on, with it."""
     if is_adapter(name_or_path):
-        model = load_adapted(name_or_path, window, recurrence, **options)
-        _check_window(name_or_path, model.config, window)
-        return _read(model.eval())
+        return _load_adapted(name_or_path, window, recurrence, **options)
     config = load_config(name_or_path)
     if config.model_type != RecurGPT2Config.model_type:
         made = RecurGPT2LMHeadModel.from_gpt2(name_or_path, window=window or 256, recurrence=recurrence, **options)
@@ -34,6 +32,18 @@ def load_any(name_or_path: str, window: int | None = None, recurrence: str = "no
         model, found = RecurGPT2LMHeadModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
     refuse_missing(found, name_or_path, "model of recur_gpt2")
     return _read(model.eval())
+
+
+def _load_adapted(folder, window, recurrence, **options):
+    """The base that an adapter names, with the adapter merged into it."""
+    base, made_with = adapter_base(folder)
+    try:
+        model = load_any(base, **({"window": window, "recurrence": recurrence} | options | made_with))
+        merged = merge_adapter(model, folder)
+    except InputError as error:
+        raise InputError(f"the adapter in {folder} does not fit the base that it names, {base}: {error}") from error
+    _check_window(folder, merged.config, window)
+    return _read(merged.eval())
 
 
 def _check_window(name_or_path, config, window):

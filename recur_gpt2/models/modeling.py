@@ -114,14 +114,14 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
             options |= {"state": state, "parallel_windows": parallel_windows, "layer": layer, "use_cache": use_cache}
             out = self._forward_joined(documents, *map(documents.rows, inputs), **options)
-            return out if self._returns_dict(return_dict) else out.to_tuple()
+            return self._returned(out, return_dict)
         packing = packed_inputs(self.wte, input_ids, inputs_embeds, token_type_ids, attention_mask)
         if position_ids is not None:
             check_positions(position_ids, attention_mask, shape, goes_on=state is not None)
         depth = self._checked_depth(layer)
         state = self._checked_state(state, shape[0], depth)
-        every_layer = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        show = self.config.output_attentions if output_attentions is None else output_attentions
+        every_layer = self._configured("output_hidden_states", output_hidden_states)
+        show = self._configured("output_attentions", output_attentions)
         if show and self.config.linear_layers:
             raise InputError(
                 f"output_attentions=True: layers {self.config.linear_layers} have linear attention, which has no "
@@ -139,12 +139,10 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             done = done.index_add(0, rows, tokens)
         layers = packing.unpack(pieces)
         state = replace(state, origin=Origin.of(self))
-        is_new = not before.windows.any() and not before.filled.any()
-        within = shape[1] if is_new and shape[1] <= self.config.window else None
-        attentions = self._unpacked_weights(packing, pieces, weights, within) if show else None
+        attentions = self._unpacked_weights(packing, pieces, weights, before) if show else None
         state = None if use_cache is False else state
         out = RecurGPT2Output(layers[-1], state, tuple(layers) if every_layer else None, attentions)
-        return out if self._returns_dict(return_dict) else out.to_tuple()
+        return self._returned(out, return_dict)
 
     def _forward_joined(self, documents, input_ids, inputs_embeds, token_type_ids, **options):
         """Several documents in one row: hidden states (1, N, D), and a state with a row for each document."""
@@ -155,12 +153,18 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         layers = None if out.hidden_states is None else tuple(map(documents.joined, out.hidden_states))
         return RecurGPT2Output(documents.joined(out.last_hidden_state), out.state, layers)
 
-    def _unpacked_weights(self, packing, pieces, weights, within) -> tuple[Tensor, ...]:
-        """Attention weights of each piece -> (B, H, N, M + F) a layer; (B, H, N, N) of texts `within` a window of N."""
+    def _unpacked_weights(self, packing, pieces, weights, before) -> tuple[Tensor, ...]:
+        """Attention weights of each piece -> (B, H, N, M + F) a layer; (B, H, N, N) of texts within a first window.
+
+        Args:
+            before: the state that the texts were read from.
+        """
         pieces = [(*piece[:3], each) for piece, each in zip(pieces, joined_weights(weights), strict=True)]
         layers = [each.unflatten(2, (self.config.n_head, -1)).transpose(1, 2) for each in packing.unpack(pieces)]
-        if within is not None:  # keys stand where their tokens do, as in GPT-2
-            layers = [nn.functional.pad(each, (0, within - each.shape[-1])).transpose(1, 3) for each in layers]
+        length = packing.tokens.shape[1]
+        if length <= self.config.window and not (before.windows + before.filled).any():
+            # Keys stand where their tokens do, as in GPT-2.
+            layers = [nn.functional.pad(each, (0, length - each.shape[-1])).transpose(1, 3) for each in layers]
             layers = [packing.spread(each).transpose(1, 3) for each in layers]
         return tuple(each.contiguous() for each in layers)
 
@@ -206,8 +210,8 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         """`forward_windows` with softmax attention in all layers, as before conversion; returns the state alone.
 
         Args:
-            hook: called in every layer whose own attention is linear, with the block, its queries and keys
-                (B, W, H, T, d), keys of its memory (B, W, H, M, d) or None, and which windows have memory.
+            hook: called in every layer, with the block, its queries and keys (B, W, H, T, d), keys of its memory
+                (B, W, H, M, d) or None, and the windows.
         """
         return self._forward_windows(input_ids, starts, state, hook=hook)[1]
 
@@ -330,17 +334,14 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
         check_labels(labels, *shape_of(input_ids, inputs_embeds))
         cache, position_ids = given_cache(cache, past_key_values), joined_positions(position_ids, flattened)
         options = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "position_ids": position_ids}
-        for name, given in {
-            "output_hidden_states": output_hidden_states,
-            "output_attentions": output_attentions,
-        }.items():
-            options[name] = getattr(self.config, name) if given is None else given
+        options["output_hidden_states"] = self._configured("output_hidden_states", output_hidden_states)
+        options["output_attentions"] = self._configured("output_attentions", output_attentions)
         if cache is not None or use_cache:
             if labels is not None or (cache is not None and state is not None):
                 raise InputError(f"{CACHE} cannot be combined with labels or a state; give a state in its place")
             windows = max(parallel_windows, PARALLEL_WINDOWS)
             out = self._generated(input_ids, attention_mask, cache, state, logits_to_keep, windows, options)
-            return out if self._returns_dict(return_dict) else out.to_tuple()
+            return self._returned(out, return_dict)
         read = self.transformer(
             input_ids, attention_mask, state, parallel_windows=parallel_windows, return_dict=True, **options
         )
@@ -350,7 +351,7 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
             loss = self._loss(read.last_hidden_state, all_logits, labels, attention_mask, num_items_in_batch)
         state = None if use_cache is False else read.state
         out = RecurGPT2LMOutput(loss, logits, state, read.hidden_states, read.attentions)
-        return out if self._returns_dict(return_dict) else out.to_tuple()
+        return self._returned(out, return_dict)
 
     def _loss(self, hidden, logits, labels, attention_mask, num_items_in_batch):
         """Of all logits, if they are there; of hidden states otherwise."""

@@ -43,30 +43,6 @@ class RecurGPT2Output(ModelOutput):
 
 
 @dataclass
-class RecurGPT2LMOutput(ModelOutput):
-    """Output of RecurGPT2LMHeadModel.
-
-    Attributes:
-        loss: () mean cross-entropy in nats over the labels that are scored; only with labels.
-        logits: (B, N, V).
-        state: to go on from.
-        hidden_states, attentions: as in RecurGPT2Output.
-        cache: what `generate` goes on from, in place of a state; only with `use_cache`. Before transformers 5.24 it is
-            called `past_key_values`, as in its own outputs.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    state: RecurState | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    if CACHE == NEW_CACHE:
-        cache: Cache | None = None
-    else:
-        past_key_values: Cache | None = None
-
-
-@dataclass
 class RecurGPT2ClassifierOutput(ModelOutput):
     """Output of RecurGPT2ForSequenceClassification and RecurGPT2ForTokenClassification.
 
@@ -81,3 +57,21 @@ class RecurGPT2ClassifierOutput(ModelOutput):
     state: RecurState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class RecurGPT2LMOutput(RecurGPT2ClassifierOutput):
+    """Output of RecurGPT2LMHeadModel.
+
+    Attributes:
+        loss: () mean cross-entropy in nats over the labels that are scored; only with labels.
+        logits: (B, N, V).
+        state, hidden_states, attentions: as in RecurGPT2Output.
+        cache: what `generate` goes on from, in place of a state; only with `use_cache`. Before transformers 5.24 it is
+            called `past_key_values`, as in its own outputs.
+    """
+
+    if CACHE == NEW_CACHE:
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None

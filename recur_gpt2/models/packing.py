@@ -8,6 +8,11 @@ from torch import Tensor
 Piece = tuple[Tensor, Tensor, Tensor, list[Tensor]]
 
 
+def has_padding(attention_mask: Tensor | None) -> bool:
+    """Whether a mask (B, N) says that some position holds no token."""
+    return attention_mask is not None and not bool((attention_mask != 0).all())
+
+
 class Packing:
     """Where the tokens of a padded batch are. B rows, N positions a row, of which `lengths[b]` hold a token.
 
@@ -21,7 +26,7 @@ class Packing:
         rows, positions = tokens.shape[:2]
         self.lengths = torch.full((rows,), positions, dtype=torch.int64)
         self._order = None
-        if attention_mask is not None and not bool((attention_mask != 0).all()):
+        if has_padding(attention_mask):
             self.lengths = (attention_mask != 0).sum(dim=1).cpu()
             # A stable sort keeps the tokens' order, and padding may have stood anywhere.
             self._order = (attention_mask == 0).to(torch.uint8).argsort(dim=1, stable=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from copy import copy
 from pathlib import Path
 
 import torch
 from huggingface_hub import file_exists, upload_file
 from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..errors import InputError
 from ..ops.feature_maps import FeatureMap
@@ -16,12 +16,11 @@ from ..ops.hybrid import MixingGate
 from .block import HEADS, STATE_DECAY, RecurGPT2Block, is_new
 from .configuration import OWN_FIELDS, RecurGPT2Config, with_window
 from .feature_map_fitting import fit_feature_maps
-from .hub import load_gpt2
+from .hub import load_gpt2, save_tokenizer
 from .memory import LayerMemory, PooledMemory
 from .model_card import model_card
 from .slot_initialization import fit_slots
 
-NO_LIMIT = int(1e30)  # as transformers says that a tokenizer has none
 NEW_MODULES = LayerMemory | PooledMemory | FeatureMap | MixingGate  # what GPT-2 has not
 
 
@@ -35,8 +34,13 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
     _can_record_outputs = None
     _supports_flash_attn = False
 
-    def _returns_dict(self, return_dict: bool | None) -> bool:
-        return self.config.return_dict if return_dict is None else return_dict
+    def _configured(self, name: str, given: bool | None) -> bool:
+        """An argument of `forward`, or what the configuration says where it is None."""
+        return getattr(self.config, name) if given is None else given
+
+    def _returned(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
+        """The output in the form that was asked for."""
+        return output if self._configured("return_dict", return_dict) else output.to_tuple()
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -121,9 +125,7 @@ class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):
         """As in transformers; with `tokenizer`, its files are saved beside the model, for texts of any length."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if tokenizer is not None:
-            tokenizer = copy(tokenizer)
-            tokenizer.model_max_length = NO_LIMIT
-            tokenizer.save_pretrained(save_directory)
+            save_tokenizer(tokenizer, save_directory)
 
 
 def _make_new_parameters(model, dtype):

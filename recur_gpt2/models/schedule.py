@@ -57,16 +57,16 @@ class LayerSchedule:
         """(B, W, T, D) embeddings -> the output of each layer, or of the last one."""
         outputs = []
         for layer in range(self.depth):
-            if self.call_layer is None and not self._is_recomputed(self.model.h[layer]):
-                hidden = self.model.h[layer](partial(self._layer, layer), hidden)
-            else:
-                hidden = self._called_layer(layer, hidden)
+            block = self.model.h[layer]
+            called_again = self._is_called_again(block)
+            hidden = self._called_layer(layer, hidden) if called_again else block(partial(self._layer, layer), hidden)
             outputs = self._kept(outputs, hidden)
         return outputs
 
-    def _is_recomputed(self, block):
-        """Whether transformers' own gradient checkpointing calls the layer again in the backward pass."""
-        return block.gradient_checkpointing and block.training and self.hook is None
+    def _is_called_again(self, block):
+        """Whether a layer may run again later: through `call_layer`, or by transformers' own gradient checkpointing."""
+        checkpoints = block.gradient_checkpointing and block.training and self.hook is None
+        return self.call_layer is not None or checkpoints
 
     def _layer(self, layer, hidden):
         name, block = str(layer), self.model.h[layer]
@@ -149,8 +149,8 @@ class PooledSchedule(LayerSchedule):
         """Some layers over some windows. memory: (B, W', p, D) raw memory that these windows read, or None."""
         outputs = []
         for layer in layers:
-            again = self.call_layer is not None or self._is_recomputed(self.model.h[layer])
-            call_layer, schedule = self.call_layer or self.model.h[layer], self._alone() if again else self
+            block = self.model.h[layer]
+            call_layer, schedule = self.call_layer or block, self._alone() if self._is_called_again(block) else self
             sizes: dict[str, int] = {}
             hidden, *kept = call_layer(partial(schedule._pooled_layer, layer, windows, sizes), hidden, memory)
             for name, size in sizes.items():

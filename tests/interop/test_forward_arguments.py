@@ -80,9 +80,11 @@ def test_the_configuration_may_ask_for_hidden_states_attentions_and_tuples(make_
             setattr(model.config, name, value)
         logits, state, hidden_states = model(IDS)
         assert model(IDS, output_hidden_states=False, return_dict=True).hidden_states is None
+        read = model.read(IDS[0], progress=False)
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
+    assert read.windows.tolist() == shown.state.windows.tolist()[:1]
     assert_close(logits, shown.logits)
     assert state.windows.tolist() == shown.state.windows.tolist()
     assert_close(hidden_states, shown.hidden_states)

@@ -1,6 +1,7 @@
 """PEFT on our models: LoRA, DoRA and prompt tuning train, save, load and merge; nothing passes an adapter by."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -160,6 +161,6 @@ def test_an_adapter_of_another_model_is_refused(adapter, gpt2_folder, tmp_path):
 
 
 def test_without_peft_the_extra_is_named(gpt2_folder, monkeypatch):
-    monkeypatch.setattr("recur_gpt2.models.adapters.peft", None)
+    monkeypatch.setitem(sys.modules, "peft", None)  # as Python does for what cannot be imported
     with pytest.raises(InputError, match=r"recur-gpt2\[peft\]"):
         add_lora(fresh(gpt2_folder), 4, "gpt2")
