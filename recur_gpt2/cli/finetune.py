@@ -101,9 +101,10 @@ def _fit(args, options, quiet):
     from ..budget.recommend import parse_bytes, recommend, settings_line
 
     given = [name for name in OF_A_STEP if getattr(args, name) is not None]
-    given += [name for name in ("checkpointing", "lora_rank") if getattr(args, name)]
-    if given:
-        name = given[0]
+    if args.lora_rank is not None:
+        raise InputError("--memory-budget does not know what adapters take; leave it or --lora-rank out")
+    if given or args.checkpointing:
+        name = given[0] if given else "checkpointing"
         raise InputError(f"--memory-budget chooses --{name.replace('_', '-')} itself; leave one of them out")
     found = recommend(
         args.model,

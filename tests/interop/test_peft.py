@@ -164,3 +164,8 @@ def test_without_peft_the_extra_is_named(gpt2_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # as Python does for what cannot be imported
     with pytest.raises(InputError, match=r"recur-gpt2\[peft\]"):
         add_lora(fresh(gpt2_folder), 4, "gpt2")
+
+
+def test_a_memory_budget_and_adapters_are_refused_together(capsys):
+    assert main(["finetune", "--lora-rank", "4", "--memory-budget", "1GiB"]) != 0
+    assert "does not know what adapters take; leave it or --lora-rank out" in capsys.readouterr().err
