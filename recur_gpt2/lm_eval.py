@@ -100,13 +100,13 @@ class RecurGPT2LM(HFLM):
             rows = [torch.tensor([*requests[number][1], *requests[number][2]][:-1]) for number in numbers]
             mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            read = self.model.transformer(
-                ids.to(self.device), mask.to(self.device), parallel_windows=PARALLEL_WINDOWS, return_dict=True
+            kept = [(len(row) - len(requests[number][2]), len(row)) for row, number in zip(rows, numbers, strict=True)]
+            read = self.model.predict(
+                ids.to(self.device), mask.to(self.device), kept, parallel_windows=PARALLEL_WINDOWS
             )
-            for hidden, row, number in zip(read.last_hidden_state, rows, numbers, strict=True):
+            for logits, number in zip(read, numbers, strict=True):
                 key, _, continuation = requests[number]
-                hidden = hidden[len(row) - len(continuation) : len(row)]
-                logits = self.model.lm_head(hidden).float().log_softmax(dim=-1)
+                logits = logits.float().log_softmax(dim=-1)
                 target = torch.tensor(continuation, device=logits.device)
                 likelihood = float(logits.gather(1, target[:, None]).sum())
                 found[number] = likelihood, bool((logits.argmax(dim=-1) == target).all())

@@ -30,13 +30,15 @@ GPT2_OPTIONS = {
     "attn_pdrop": 0.0,
     "resid_pdrop": 0.0,
 }
+NO_POINTER = {"pointer_slots": 0}
 # Both presets, and what else a configuration can say about memory.
 FORMS = {
-    "default": {"recurrence": "default", "last_slots": 3},
-    "sinks only": {"recurrence": "default", "sink_slots": 2, "last_slots": 0},
-    "gated": {"recurrence": "default", "sink_slots": 0, "last_slots": 0, "pooled_slots": 2},
-    "all slots, some layers": {"last_slots": 2, "pooled_slots": 2, "sink_slots": 2, "insert_layers": [1, 3]},
-    "whole window": {"last_slots": WINDOW},
+    "default": {"recurrence": "default", "last_slots": 3, "pointer_slots": 2 * WINDOW + 3},
+    "sinks only": {"recurrence": "default", "sink_slots": 2, "last_slots": 0} | NO_POINTER,
+    "gated": {"recurrence": "default", "sink_slots": 0, "last_slots": 0, "pooled_slots": 2} | NO_POINTER,
+    "all slots, some layers": {"last_slots": 2, "pooled_slots": 2, "sink_slots": 2, "insert_layers": [1, 3]} | NO_POINTER,
+    "whole window": {"last_slots": WINDOW, "pointer_slots": 5},
+    "pointer": {"recurrence": "none", "pointer_slots": 4 * WINDOW, "pointer_width": 3},
     "yoshida2020": {"recurrence": "yoshida2020"},
     "pooled above": {"recurrence": "yoshida2020", "pooled_slots": 3, "insert_layers": [0, 2], "pool_layers": [1, 3]},
     "pooled below": {"recurrence": "yoshida2020", "pooled_slots": 2, "insert_layers": [2, 3], "pool_layers": [0, 1]},
@@ -131,6 +133,8 @@ def make_model(gpt2_folder):
             patch.setattr("recur_gpt2.models.feature_map_fitting.DISTIL_STEPS", 2)
             model = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, **{"window": WINDOW} | ALL_FORMS[form] | options)
         perturb(model.transformer.recurrence)
+        if model.transformer.recurrence.pointer is not None:  # it begins with next to no share
+            model.transformer.recurrence.pointer.sentinel_bias.data -= 6
         for block in model.transformer.h:
             if block.far_gate is not None:
                 perturb(block.far_gate)

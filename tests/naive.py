@@ -95,7 +95,7 @@ def split_heads(projected, heads):
 def read(model, ids):
     """A document (n,) -> logits (n, V)."""
     config, core = model.config, model.transformer
-    memory, carried, logits = None, {}, []
+    memory, carried, logits, slots = None, {}, [], []
     for start in range(0, len(ids), config.window):
         tokens = ids[start : start + config.window]
         positions = torch.arange(len(tokens)) + (config.position_offset if start else 0)
@@ -105,24 +105,42 @@ def read(model, ids):
             projected = block.attn.c_attn(block.ln_1(hidden)).chunk(3, dim=1)
             query, key, value = (split_heads(part, config.n_head) for part in projected)
             cache[layer] = key, value
-            slots = 0
+            count = 0
             if memory is not None and layer in config.insert_layers:
                 old_key, old_value = _read_memory(core, block, layer, memory)
-                slots = old_key.shape[1]
+                count = old_key.shape[1]
                 key, value = torch.cat((old_key, key), dim=1), torch.cat((old_value, value), dim=1)
             if block.feature_map is None:
-                heads = attend(query, key, value, 0, slots, block.attn.scaling)
+                heads = attend(query, key, value, 0, count, block.attn.scaling)
             else:
                 carried[layer] = _decayed(block, carried.get(layer), value)
-                heads, carried[layer] = attend_linearly(block, query, key, value, slots, carried[layer])
+                heads, carried[layer] = attend_linearly(block, query, key, value, count, carried[layer])
             hidden = hidden + block.attn.c_proj(heads.transpose(0, 1).flatten(1))
             inner = ACT2FN[config.activation_function](block.mlp.c_fc(block.ln_2(hidden)))
             hidden = hidden + block.mlp.c_proj(inner)
             outputs.append(hidden)
-        logits.append(core.ln_f(hidden) @ model.lm_head.weight.T)
+        hidden = core.ln_f(hidden)
+        own = hidden @ model.lm_head.weight.T
+        logits += [point(core.recurrence.pointer, *each, slots) for each in zip(own, hidden, strict=True)]
         if len(tokens) == config.window:
             memory = _write_memory(core, config, cache, outputs, memory)
-    return torch.cat(logits)
+            slots = [*slots, *zip(hidden[:-1], tokens[1:].tolist(), strict=True)][-config.pointer_slots or len(ids) :]
+    return torch.stack(logits)
+
+
+def point(pointer, logits, hidden, slots):
+    """One position's logits (V,) and hidden state (D,) -> those of the mixture; slots: hidden states and tokens."""
+    if not slots or pointer is None:
+        return logits
+    query = pointer.query @ hidden
+    scores = [pointer.sentinel @ hidden + pointer.sentinel_bias[0]]
+    for earlier, _ in slots:
+        scores.append(pointer.log_scale.exp()[0] * torch.cosine_similarity(query, pointer.key @ earlier, dim=0))
+    shares = torch.stack(scores).softmax(dim=0)
+    probabilities = shares[0] * logits.softmax(dim=0)
+    for share, (_, token) in zip(shares[1:], slots, strict=True):
+        probabilities[token] += share
+    return probabilities.log() + logits.logsumexp(dim=0)
 
 
 def _decayed(block, state, value):

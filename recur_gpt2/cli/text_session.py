@@ -1,7 +1,7 @@
 """A document that is read and written on in turns, and can be put aside: what `recur-gpt2 generate` does.
 
-Its file is a RecurState's, which `RecurState.load` reads, with the last token and its hidden state beside it: from that
-the next token is predicted, so that text goes on where it was left, without a prompt. Not for batches.
+Its file is a RecurState's, which `RecurState.load` reads, with the last token and the logits behind it beside it: from
+those the next token is taken, so that text goes on where it was left, without a prompt. Not for batches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TextSession:
         self.model, self.tokenizer = model, tokenizer
         self._cache: RecurCache | None = None
         self._last: Tensor | None = None  # (1, 1), the last token read
-        self._hidden: Tensor | None = None  # (1, 1, D) of it
+        self._logits: Tensor | None = None  # (1, 1, V) behind it
 
     @property
     def state(self) -> RecurState | None:
@@ -71,7 +71,7 @@ class TextSession:
         """
         if self._cache is None:
             raise InputError("there is nothing to go on from; read a prompt first, if only the token that starts texts")
-        self._cache.seen, self._cache.held = 0, self._hidden
+        self._cache.seen, self._cache.held = 0, self._logits
         with _stopping_between_tokens() as stop:
             out = self.model.generate(
                 self._last,
@@ -88,7 +88,7 @@ class TextSession:
 
     def save(self, path: str | Path) -> None:
         """Put the document aside."""
-        self.state.save(path, {"last.token": self._last[0], "last.hidden": self._hidden[0]})
+        self.state.save(path, {"last.token": self._last[0], "last.logits": self._logits[0]})
 
     def load(self, path: str | Path) -> None:
         """Go on with a document that `save`, or RecurState.save, wrote.
@@ -103,8 +103,11 @@ class TextSession:
         with safe_open(path, "pt", device=str(self.model.device)) as file:
             names = set(file.keys())
             if "last.token" in names:
-                self._last, self._hidden = (file.get_tensor(f"last.{name}")[None] for name in ("token", "hidden"))
-                self._hidden = self._hidden.to(self.model.dtype)
+                self._last = file.get_tensor("last.token")[None]
+                if "last.hidden" in names:  # of models that could not point
+                    self._logits = self.model.lm_head(file.get_tensor("last.hidden")[None].to(self.model.dtype))
+                else:
+                    self._logits = file.get_tensor("last.logits")[None]
 
     @property
     def can_write(self) -> bool:
@@ -112,7 +115,7 @@ class TextSession:
         return self._last is not None
 
     def _read_last(self, token):
-        self._last, self._hidden = token, self._cache.step(token)
+        self._last, self._logits = token, self.model.step(self._cache, token)
 
 
 def _unless_closed(stream, stop, text):

@@ -26,7 +26,7 @@ from ..errors import InputError, check_range
 from ..models.flops import flops_per_token
 from ..models.modeling import RecurGPT2LMHeadModel
 from ..models.state import RecurState
-from ..ops.cross_entropy import token_losses
+from ..ops.cross_entropy import mixed_losses, token_losses
 from ..ops.matmul import weight_of
 from ..utils.measure import Meter
 from ..utils.tensors import IGNORE_INDEX
@@ -211,8 +211,8 @@ class _Reader:
         def step(segment):
             nonlocal state
             starts = segment.starts if recurrent else torch.ones_like(segment.starts)
-            hidden, state = self._hidden(segment, starts, state)
-            return hidden
+            *read, state = self._read(segment, starts, state)
+            return read
 
         return self._losses(documents, self.parallel_windows, step)
 
@@ -230,17 +230,18 @@ class _Reader:
         def step(segment):
             nonlocal true
             other = true.select([*range(1, lanes), 0])
-            hidden, _ = self._hidden(segment, segment.starts, other)
-            _, after = self._hidden(segment, segment.starts, true)
+            *read, _ = self._read(segment, segment.starts, other)
+            *_, after = self._read(segment, segment.starts, true)
             full = (segment.targets[:, 0, -1] != IGNORE_INDEX).cpu().nonzero().squeeze(1)
             true = true.merge(full, after.select(full))
-            return hidden
+            return read
 
         return self._losses(documents, 1, step)
 
-    def _hidden(self, segment, starts, state):
+    def _read(self, segment, starts, state):
+        """-> hidden states, shares of a mixture, state"""
         self.tokens += segment.scored
-        return self.model.transformer.forward_windows(segment.input_ids, starts, state)
+        return self.model.read_windows(segment.input_ids, segment.targets, starts, state)
 
     @torch.no_grad()  # in inference mode autocast would cast all weights again at every reading
     def _losses(self, documents, windows, step):
@@ -258,9 +259,11 @@ class _Reader:
             with bar, autocast:  # around all readings: it keeps the cast weights until its end
                 while (segment := lanes.segment(windows)) is not None:
                     segment = segment.to(self.device)
-                    hidden = step(segment)
-                    nats = token_losses(hidden.to(head.dtype), head, segment.targets).cpu().numpy()
-                    self._collect(losses, order, segment, nats)
+                    hidden, shares = step(segment)
+                    nats = token_losses(hidden.to(head.dtype), head, segment.targets)
+                    if shares is not None:
+                        nats = mixed_losses(nats, shares, segment.targets)
+                    self._collect(losses, order, segment, nats.cpu().numpy())
                     self.predicted += segment.scored
                     bar.update(segment.scored)
         finally:

@@ -1,7 +1,8 @@
 """RecurCache: what transformers' `generate` carries from token to token.
 
 It holds the buffers of a `Decoder`, and how many positions it has seen. It is changed in place; `RecurCache.state()`
-copies a RecurState out of it, to keep, save or branch from. B rows, D model width.
+copies a RecurState out of it, to keep, save or branch from. B rows, D model width, V vocabulary, N slots of a pointer
+memory, w width of their keys.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class RecurCache(Cache):
 
     Attributes:
         seen: positions of the batch that were read since the cache was made, pads included.
-        held: hidden states (B, 1, D) of a token that was read already: the next step gives them and reads nothing.
+        held: logits (B, 1, V) behind a token that was read already: the next step gives them and reads nothing.
     """
 
     def __init__(self, model, state: RecurState, seen: int = 0):
@@ -57,13 +58,18 @@ class RecurCache(Cache):
         """A copy of where the rows are: after all tokens read, which the last one generated is not."""
         return self._decoder.state()
 
-    def step(self, input_ids: Tensor) -> Tensor:
-        """Read one token of each row: (B, 1) -> hidden states (B, 1, D)."""
+    def step(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Read one token of each row.
+
+        Args:
+            input_ids: (B, 1).
+
+        Returns:
+            Hidden states (B, 1, D), and what they may point at, (B, N, w + 1), or None.
+        """
         self.seen += 1
-        if self.held is not None:
-            held, self.held = self.held, None
-            return held
-        return self._decoder.step(input_ids)
+        slots = self._decoder.slots
+        return self._decoder.step(input_ids), slots
 
     def go_on(self, state: RecurState, seen: int) -> None:
         """Take over the state after `seen` more positions."""

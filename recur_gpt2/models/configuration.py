@@ -12,11 +12,12 @@ from .arguments import LinearAttentionOptions
 
 # The measurements behind "default" are in docs/ablation.md. Its last slots are as many as MEMORY_COST buys: each one
 # more helps, and the wider a model is, the less of its cost is attention.
-MEMORY_COST = 0.02  # FLOPs of attending to memory, as a part of those of the window without it
+MEMORY_COST = 0.02  # FLOPs of reading and writing memory, as a part of those of the window without it
+POINTER_SLOTS = 4096  # as many as half of that pays for, if it pays for fewer
 PRESETS = {
     "default": {"sink_slots": 1, "pooled_slots": 0},
-    "yoshida2020": {"sink_slots": 0, "last_slots": 0, "pooled_slots": 1},
-    "none": {"sink_slots": 0, "last_slots": 0, "pooled_slots": 0},
+    "yoshida2020": {"sink_slots": 0, "last_slots": 0, "pooled_slots": 1, "pointer_slots": 0},
+    "none": {"sink_slots": 0, "last_slots": 0, "pooled_slots": 0, "pointer_slots": 0},
 }
 
 
@@ -36,6 +37,9 @@ class RecurGPT2Config(GPT2Config):
             many as cost 2% of a window's FLOPs together with the other slots, at most a whole window.
         pooled_slots: slots that hold learned pooling over the window before, carried over with a gate
             (without `pool_layers`), or that the feed-forward net writes (with them).
+        pointer_slots: N, positions of the document so far that the head may point at, to predict the tokens that
+            followed them; "default": 4,096, or as many as cost 1% of a window's FLOPs.
+        pointer_width: width of their keys. None: n_embd / 16, at least 8.
         recurrence_width: width of the feed-forward net's hidden layers, with `pool_layers`.
         position_offset: positions by which every window but a document's first is shifted, so that the memory's
             last positions can stand before the window's first one.
@@ -65,6 +69,8 @@ class RecurGPT2Config(GPT2Config):
     sink_slots: int | None = None
     last_slots: int | None = None
     pooled_slots: int | None = None
+    pointer_slots: int | None = None
+    pointer_width: int | None = None
     recurrence_width: int = 200
     position_offset: int | None = None
     linear_layers: list[int] | str | None = None
@@ -84,6 +90,10 @@ class RecurGPT2Config(GPT2Config):
             self.pool_layers = [self.n_layer - 1] if self.recurrence == "yoshida2020" else []
         if self.insert_layers is None:
             self.insert_layers = self._default_insert_layers()
+        if self.pointer_width is None:
+            self.pointer_width = max(8, self.n_embd // 16)
+        if self.pointer_slots is None:
+            self.pointer_slots = self._affordable_pointer_slots()
         if self.last_slots is None:
             self.last_slots = self._affordable_slots()
         if self.position_offset is None:
@@ -101,7 +111,7 @@ class RecurGPT2Config(GPT2Config):
     @property
     def is_recurrent(self) -> bool:
         """Whether anything crosses the border of two windows."""
-        return bool(self.memory_slots or self.carry_linear_state)
+        return bool(self.memory_slots or self.pointer_slots or self.carry_linear_state)
 
     @property
     def inner_width(self) -> int:
@@ -114,6 +124,25 @@ class RecurGPT2Config(GPT2Config):
         layer = 2 * self.n_embd * (4 * self.n_embd + 2 * self.inner_width) + 4 * self.n_embd * self.window
         return self.n_layer * layer + 2 * self.n_embd * self.vocab_size
 
+    @property
+    def pointer_flops(self) -> int:
+        """FLOPs of pointing for one token of a window that has all slots before it."""
+        return self._pointer_flops(self.pointer_slots) if self.pointer_slots else 0
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers. What was saved before there were pointers has none."""
+        if config_dict.get("model_type") == cls.model_type:
+            config_dict = {"pointer_slots": 0} | config_dict
+        return super().from_dict(config_dict, **kwargs)
+
+    def _pointer_flops(self, slots):
+        return 2 * self.pointer_width * slots + 2 * self.n_embd * (2 * self.pointer_width + 1)
+
+    def _affordable_pointer_slots(self):
+        paid = (MEMORY_COST / 2 * self.plain_flops - self._pointer_flops(0)) / (2 * self.pointer_width)
+        return max(self.window, min(int(paid), POINTER_SLOTS))
+
     def _default_insert_layers(self):
         if self.recurrence == "yoshida2020":
             return [self.n_layer // 2]
@@ -123,7 +152,8 @@ class RecurGPT2Config(GPT2Config):
     def _affordable_slots(self):
         """Last positions that MEMORY_COST pays for beside the other slots, at most a window of them."""
         slot = 4 * self.n_embd * max(1, len(self.insert_layers))
-        slots = int(MEMORY_COST * self.plain_flops / slot) - self.sink_slots - self.pooled_slots
+        paid = MEMORY_COST * self.plain_flops - self.pointer_flops
+        slots = int(paid / slot) - self.sink_slots - self.pooled_slots
         return max(1, min(slots, self.window))
 
     def _resolve_linear_layers(self):
@@ -175,7 +205,8 @@ class RecurGPT2Config(GPT2Config):
             raise InputError(f"pool_layers={self.pool_layers} needs at least one layer in insert_layers")
         if self.pool_layers and not self.pooled_slots:
             raise InputError(f"pool_layers={self.pool_layers} writes into pooled_slots=0; use 1 or more")
-        check_range(1, recurrence_width=self.recurrence_width)
+        check_range(0, pointer_slots=self.pointer_slots)
+        check_range(1, recurrence_width=self.recurrence_width, pointer_width=self.pointer_width)
         if not 0 <= self.position_offset <= self.n_positions - self.window:
             raise InputError(
                 f"position_offset={self.position_offset} must be from 0 to n_positions - window = "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..utils.tensors import product_type, widen
 from .attention_layers import attention_of
 from .attention_layers.positions import Positions
+from .pointer import POINTER
 from .state import Origin, RecurState
 
 
@@ -33,6 +34,9 @@ class Decoder:
         like = model.wte.weight.new_empty(0, dtype=self.dtype)
         self.layers = [self._layer(layer, rows, like) for layer in range(self.config.n_layer)]
         self.sums = widen(like).new_zeros(rows, len(self.config.pool_layers), self.config.n_embd)
+        self.pointer = model.recurrence.pointer
+        width = 0 if self.pointer is None else self.pointer.width + 1
+        self.positions = widen(like).new_zeros(rows, self.config.window, width)
         self.load(state)
 
     def _layer(self, layer, rows, like):
@@ -62,6 +66,8 @@ class Decoder:
                 each.load(state.window, self.filled)
             if "pooled" in state.window:
                 self.sums.copy_(state.window["pooled"])
+            if POINTER in state.window:
+                self.positions[:, : max(self.filled)] = state.window[POINTER]
         else:
             self.sums.zero_()
 
@@ -74,6 +80,9 @@ class Decoder:
                 window |= each.save(self.filled)
             if self.config.pool_layers:
                 window["pooled"] = self.sums.clone()
+            if self.pointer is not None:
+                inside = torch.arange(max(self.filled)) < torch.tensor(self.filled)[:, None]
+                window[POINTER] = self.positions[:, : max(self.filled)] * inside.to(self.device)[..., None]
         counters = torch.tensor(self.windows), torch.tensor(self.filled)
         memory = {name: tensor.clone() for name, tensor in self.memory.items()}
         return RecurState(*counters, memory, window, Origin.of(self.model))
@@ -97,8 +106,16 @@ class Decoder:
                 pooled[layer] = widen(hidden[:, 0])
         if pooled:
             self.sums += torch.stack([pooled[layer] for layer in self.config.pool_layers], dim=1)
+        hidden = model.ln_f(hidden)
+        if self.pointer is not None:
+            positions.put(self.positions, 0, self.pointer.positions(hidden, input_ids)[:, 0])
         self._advance()
-        return model.ln_f(hidden)
+        return hidden
+
+    @property
+    def slots(self) -> Tensor | None:
+        """(B, N, w + 1), what the rows' next tokens may point at; None for nothing."""
+        return self.memory.get(POINTER) if any(self.windows) else None
 
     @torch.no_grad()
     def reorder(self, rows: Tensor) -> None:
@@ -118,7 +135,7 @@ class Decoder:
 
     def _buffers(self):
         """All that is kept, rows first."""
-        return [*(each for layer in self.layers for each in layer.buffers), self.sums, *self.memory.values()]
+        return [*(each for layer in self.layers for each in layer.buffers), self.sums, self.positions, *self.memory.values()]
 
     def _position_ids(self, positions):
         """(B, 1) position ids, or (1, 1) where all rows are alike."""
@@ -152,6 +169,11 @@ class Decoder:
         if self.config.pool_layers:
             self._keep("pooled", rows, self.sums[rows] / self.config.window)
             self.sums[rows] = 0
+        if self.pointer is not None:
+            # Not in place: whoever read the token that filled the window still looks at what was there.
+            all_slots = self.memory.get(POINTER, self.pointer.empty(self.positions)).clone()
+            all_slots[rows] = self.pointer.written(all_slots[rows], self.positions[rows])
+            self.memory[POINTER] = all_slots
 
     def _keep(self, name, rows, values):
         if name not in self.memory:

@@ -56,6 +56,8 @@ def is_of(fingerprint: str, model: nn.Module) -> bool:
 
 def _made(model):
     config = {key: value for key, value in model.config.to_dict().items() if key in SHAPING}
+    if not config["pointer_slots"]:  # as before there were any
+        del config["pointer_slots"], config["pointer_width"]
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
     samples, kind = [], torch.float64
     for name, shape, parameter in _parameters(model):

@@ -22,6 +22,8 @@ def flops_per_token(config: RecurGPT2Config, *, memory: bool = True, training: b
             than forward alone. Recomputation under checkpointing would add one more forward.
     """
     forward = config.plain_flops
+    if config.pointer_slots:  # a window keys its positions, and asks, in any case
+        forward += config.pointer_flops if memory else config.pointer_flops - 2 * config.pointer_width * config.pointer_slots
     for layer in range(config.n_layer):
         linear = layer in config.linear_layers
         if layer in config.insert_layers:

@@ -21,6 +21,7 @@ from .hub import load_tokenizer
 from .inputs import check_positions, shape_of
 from .outputs import CACHE, NEW_CACHE, OLD_CACHE, RecurGPT2LMOutput
 from .packing import has_padding
+from .pointer import Pointed
 from .state import RecurState
 
 PARALLEL_WINDOWS = 4  # of a prompt, read at once
@@ -160,64 +161,80 @@ class RecurGeneration(GenerationMixin):
             cache.batch_repeat_interleave(rows // cache.batch_size)
         layers = attentions = None
         if step and not asked and not has_padding(attention_mask):
-            hidden = cache.step(input_ids)
+            logits = kept_positions(self.step(cache, input_ids), logits_to_keep)
         elif cache is not None and cache.held is not None:
             raise InputError(f"{CACHE} holds a token that was read already; give that one first, alone and unmasked")
         else:
             state = state if cache is None else _for_rows(cache.state(), rows)
+            kept = kept_positions(torch.arange(positions)[None], logits_to_keep)[0]
             if asked:
-                hidden, state, layers, attentions = self._read_whole(input_ids, attention_mask, state, options)
+                logits, state, layers, attentions = self._read_whole(input_ids, attention_mask, state, kept, options)
                 if attentions and cache is not None and cache.seen + positions <= self.config.window:
                     missing = cache.seen + positions - attentions[0].shape[-1]  # pads of earlier steps
                     attentions = tuple(nn.functional.pad(each, (0, missing)) for each in attentions)
             else:
-                hidden, state = self._read_on(input_ids, attention_mask, state, logits_to_keep, parallel_windows)
+                logits, state = self._read_on(input_ids, attention_mask, state, kept, parallel_windows)
             if cache is None:
                 cache = RecurCache(self, state, seen=positions)
             else:
                 cache.go_on(state, seen=positions)
-        logits = self.lm_head(kept_positions(hidden, logits_to_keep))
         return RecurGPT2LMOutput(logits=logits, hidden_states=layers, attentions=attentions, **{CACHE: cache})
 
-    def _read_whole(self, input_ids, attention_mask, state, options):
-        """Read a batch at once -> hidden states (B, N, D); state; each layer's hidden states, and its attention."""
-        out = self.transformer(input_ids, attention_mask, state, return_dict=True, **options)
-        hidden, _ = _over_pads(out.last_hidden_state, attention_mask, None)
-        return hidden, out.state, out.hidden_states, out.attentions
+    def step(self, cache: RecurCache, input_ids: Tensor) -> Tensor:
+        """Read one token of each row: (B, 1) -> logits (B, 1, V)."""
+        if cache.held is not None:
+            cache.seen += 1
+            logits, cache.held = cache.held, None
+            return logits
+        hidden, slots = cache.step(input_ids)
+        logits, memory = self.lm_head(hidden), self.transformer.recurrence.pointer
+        return logits if slots is None else memory.logits(logits, hidden, slots)
 
-    def _read_on(self, input_ids, attention_mask, state, logits_to_keep, parallel_windows):
-        """Read a batch in pieces -> hidden states (B, N', D), of few positions if few are wanted; state."""
-        size, kept, last = parallel_windows * self.config.window, [], None
-        wanted = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else input_ids.shape[1]
+    def _read_whole(self, input_ids, attention_mask, state, kept, options):
+        """Read a batch at once -> logits (B, K, V) at `kept` positions; state; each layer's hidden states, and its
+        attention."""
+        pointed: list[Pointed] = []
+        out = self.transformer(input_ids, attention_mask, state, return_dict=True, pointed=pointed, **options)
+        sources = _sources(attention_mask, out.last_hidden_state.shape[:2])[:, kept]
+        logits = self._predicted(out.last_hidden_state, sources, pointed, None)
+        return logits, out.state, out.hidden_states, out.attentions
+
+    def _read_on(self, input_ids, attention_mask, state, kept, parallel_windows):
+        """Read a batch in pieces -> logits (B, K, V) at `kept` positions (K,); state."""
+        size, found, places, before = parallel_windows * self.config.window, [], [], None
         masks = [None] * input_ids.shape[1] if attention_mask is None else attention_mask.split(size, dim=1)
-        for ids, mask in zip(input_ids.split(size, dim=1), masks, strict=False):
+        for number, (ids, mask) in enumerate(zip(input_ids.split(size, dim=1), masks, strict=False)):
+            pointed: list[Pointed] = []
             if mask is not None and not bool(mask.any()):
                 hidden = self.transformer.wte.weight.new_zeros(*ids.shape, self.config.n_embd)
             else:
-                out = self.transformer(ids, mask, state, parallel_windows=parallel_windows, **PLAIN_OUTPUT)
+                options = {"parallel_windows": parallel_windows, "pointed": pointed} | PLAIN_OUTPUT
+                out = self.transformer(ids, mask, state, **options)
                 state, hidden = out.state, out.last_hidden_state
-            hidden, last = _over_pads(hidden, mask, last)
-            kept.append(hidden)
-            while sum(each.shape[1] for each in kept[1:]) >= wanted:
-                del kept[0]
-        return torch.cat(kept, dim=1), state
+            inside = (kept >= number * size) & (kept < number * size + ids.shape[1])
+            sources, places = _sources(mask, ids.shape), [*places, inside.nonzero().squeeze(1)]
+            found.append(self._predicted(hidden, sources[:, kept[inside] - number * size], pointed, before))
+            if attention_mask is not None:  # pads of the next piece are predicted where its tokens ended
+                before = self._predicted(hidden, sources[:, -1:], pointed, before)
+        order = torch.cat(places).argsort().to(self.device)
+        return torch.cat(found, dim=1)[:, order], state
+
+    def _predicted(self, hidden, sources, pointed, before):
+        """Logits (B, K, V) at positions (B, K) of hidden states (B, N, D); where it is -1, `before` (B, 1, V) or zeros."""
+        first = torch.arange(len(sources))[:, None] * hidden.shape[1]
+        logits = self._logits(hidden, first + sources.clamp_min(0), pointed)
+        nowhere = (sources < 0).to(logits.device)[..., None]
+        if not bool(nowhere.any()):
+            return logits
+        return torch.where(nowhere, torch.zeros_like(logits[:, :1]) if before is None else before, logits)
 
 
-def _over_pads(hidden, mask, last):
-    """Hidden states (B, N, D) with each pad's replaced by those of the token before: its successor is predicted there.
-
-    Args:
-        last: (B, 1, D) of the token before these, or None.
-
-    Returns:
-        (B, N, D), and the last ones (B, 1, D).
-    """
-    if has_padding(mask):
-        before = torch.zeros_like(hidden[:, :1]) if last is None else last
-        positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        index = (positions * (mask != 0)).cummax(dim=1).values.to(hidden.device)
-        hidden = torch.cat((before, hidden), dim=1).gather(1, index[..., None].expand_as(hidden))
-    return hidden, hidden[:, -1:]
+def _sources(mask, shape):
+    """(B, N) where each position's successor is predicted: there, or for a pad at the token before it; -1 for none."""
+    positions = torch.arange(shape[1])
+    if not has_padding(mask):
+        return positions.expand(shape)
+    return (positions + 1).mul(mask.cpu() != 0).cummax(dim=1).values - 1
 
 
 def _check(options):

@@ -116,6 +116,10 @@ class JoinedDocuments:
         """(1, N, ...) -> (R, L, ...)"""
         return None if joined is None else joined[0][self._index]
 
+    def joined_positions(self, positions: Tensor) -> Tensor:
+        """Positions among those of the rows, all counted through, -> those in the joined row; -1 stays."""
+        return self._index.flatten().to(positions.device)[positions.clamp_min(0)].where(positions >= 0, -1)
+
     def joined(self, rows: Tensor) -> Tensor:
         """(R, L, ...) -> (1, N, ...)"""
         return rows[self.mask.bool()][None]

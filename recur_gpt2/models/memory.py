@@ -1,6 +1,6 @@
 """The recurrence: what one window leaves for the next.
 
-Two forms. `LayerMemory` (the default) makes a layer's memory from that same layer's keys and values in the window
+Two forms of memory for layers, and PointerMemory (pointer.py) for the head. `LayerMemory` (the default) makes a layer's memory from that same layer's keys and values in the window
 before, so windows need not wait for each other. `PooledMemory` (Yoshida et al. 2020) pools the hidden states of
 higher layers into an embedding that a lower layer attends to, so they must.
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..utils.tensors import widen
 from .configuration import RecurGPT2Config
+from .pointer import POINTER, PointerMemory
 
 
 class LayerMemory(nn.Module):
@@ -134,7 +135,8 @@ class PooledMemory(nn.Module):
 
 
 class Recurrence(nn.Module):
-    """All that makes memory, by name: a LayerMemory for each insertion layer, one PooledMemory, "pooled", or nothing.
+    """All that makes memory, by name: a LayerMemory for each insertion layer, one PooledMemory, "pooled", or nothing;
+    and a PointerMemory, "pointer".
 
     Not an nn.ModuleDict, which PEFT would not take as one of its `modules_to_save`; and asked by methods alone, which
     pass through what PEFT puts around it.
@@ -144,16 +146,18 @@ class Recurrence(nn.Module):
         super().__init__()
         if config.pool_layers:
             self.add_module("pooled", PooledMemory(config))
-            return
-        for layer in config.insert_layers:
-            self.add_module(str(layer), LayerMemory(config))
+        else:
+            for layer in config.insert_layers:
+                self.add_module(str(layer), LayerMemory(config))
+        self.pointer = PointerMemory(config) if config.pointer_slots else None
 
     def get(self, name: str) -> LayerMemory | PooledMemory | None:
         """The module of this name, if there is one."""
         return self._modules.get(name)
 
     def names(self) -> list[str]:
-        return list(self._modules)
+        """Of what layers read."""
+        return [name for name in self._modules if name != POINTER]
 
 
 def gated_scan(fresh: Tensor, gate: Tensor, first: Tensor | None, has_memory: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ tokenizer = AutoTokenizer.from_pretrained("{repo}")
 | vocabulary | {config.vocab_size:,} |
 | window | {window} tokens |
 | memory slots a layer | {config.memory_slots}: {slots} |
+| positions to point at | {config.pointer_slots:,} |
 | layers that read memory | {insert_layers} |
 | layers with linear attention | {linear_layers} |
 """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 
 from ..errors import InputError
-from ..ops.cross_entropy import loss_of_logits, summed_loss
+from ..ops.cross_entropy import Shares, loss_of_logits, summed_loss
 from ..ops.matmul import Head, weight_of
 from ..utils.tensors import IGNORE_INDEX, product_type
 from .attention_layers.softmax import AttentionHook
@@ -38,6 +38,8 @@ from .inputs import (
 from .memory import Recurrence
 from .outputs import CACHE, RecurGPT2LMOutput, RecurGPT2Output
 from .packing import Packing
+from .pointed_windows import PointedWindows
+from .pointer import Pointed, pointed_logits
 from .pretrained import RecurGPT2PreTrainedModel
 from .schedule import CallLayer, LayerSchedule, PooledSchedule
 from .state import Origin, RecurState
@@ -78,6 +80,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         use_cache: bool | None = None,
+        pointed: list[Pointed] | None = None,
         **flattened: Tensor | int,
     ) -> RecurGPT2Output | tuple:
         """Read any number of tokens.
@@ -91,14 +94,15 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
                 results are the same.
             layer: l, to return the output of the first l layers, as transformers' hidden_states[l]; what lies above
                 and moves nothing below is not computed. A state goes on only with the `layer` that left it.
-            inputs_embeds: (B, N, D), in place of ids.
-            token_type_ids: (B, N), whose embeddings are added to the tokens', as GPT-2 does.
+            inputs_embeds: (B, N, D), in place of ids. What is given so cannot be pointed at later.
+            token_type_ids: (B, N), whose embeddings are added to the tokens', as GPT-2 does; nor can these.
             position_ids: (B, N) 0 to n - 1, as they are anyhow; in a single row they may begin again at 0, where
                 another document begins. Others are refused.
             output_attentions: return attention weights too, which are not made otherwise. None: as the configuration
                 says.
             return_dict: False: a tuple of all that is not None. None: as the configuration says.
             use_cache: False: return no state.
+            pointed: a list that takes what each of the positions (B, N) may point at, for a head.
             flattened: what collators that join documents in one row give beside position ids (`cu_seq_lens_q`, ...).
 
         Raises:
@@ -113,6 +117,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             inputs = input_ids, inputs_embeds, token_type_ids
             options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
             options |= {"state": state, "parallel_windows": parallel_windows, "layer": layer, "use_cache": use_cache}
+            options["pointed"] = pointed
             out = self._forward_joined(documents, *map(documents.rows, inputs), **options)
             return self._returned(out, return_dict)
         packing = packed_inputs(self.wte, input_ids, inputs_embeds, token_type_ids, attention_mask)
@@ -132,8 +137,10 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         while bool((done < packing.lengths).any()):
             rows, windows, block, tokens = self._next_windows(packing, state, done, parallel_windows)
             hook = AttentionWeights() if show else None
-            hidden, read = self._run(block, windows, every_layer=every_layer, depth=depth, hook=hook)
+            hidden, read, seen = self._run(block, windows, every_layer=every_layer, depth=depth, hook=hook)
             state = read if len(rows) == len(done) else state.merge(rows, read)
+            if pointed is not None and seen is not None:
+                pointed += self._pointed(packing, rows, done[rows], tokens, block.shape[1:3], seen)
             pieces.append((rows, done[rows], tokens, [h.flatten(1, 2) for h in hidden]))
             weights += [hook.layers()] if show else []
             done = done.index_add(0, rows, tokens)
@@ -144,10 +151,23 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         out = RecurGPT2Output(layers[-1], state, tuple(layers) if every_layer else None, attentions)
         return self._returned(out, return_dict)
 
-    def _forward_joined(self, documents, input_ids, inputs_embeds, token_type_ids, **options):
+    def _pointed(self, packing, rows, starts, tokens, shape, seen):
+        """What the windows of one block may point at, by where their tokens stood. shape: W, and tokens a window."""
+        found, (windows, length) = [], shape
+        for window in range(windows):
+            slots = seen.seen(window)
+            if slots is not None:
+                begin = starts + window * length
+                found.append(Pointed(slots, packing.places(rows, begin, starts + tokens, length)))
+        return found
+
+    def _forward_joined(self, documents, input_ids, inputs_embeds, token_type_ids, pointed, **options):
         """Several documents in one row: hidden states (1, N, D), and a state with a row for each document."""
         beside = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
-        out = self.forward(input_ids, documents.mask, return_dict=True, **beside, **options)
+        found = None if pointed is None else []
+        out = self.forward(input_ids, documents.mask, return_dict=True, pointed=found, **beside, **options)
+        if found:
+            pointed += [Pointed(each.slots, documents.joined_positions(each.positions)) for each in found]
         if out.attentions is not None:
             raise InputError("output_attentions=True: documents in one row cannot show theirs; give them as rows")
         layers = None if out.hidden_states is None else tuple(map(documents.joined, out.hidden_states))
@@ -174,6 +194,7 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
         starts: Tensor,
         state: RecurState | None = None,
         call_layer: CallLayer | None = None,
+        pointed: list[Pointed] | None = None,
     ) -> tuple[Tensor, RecurState]:
         """W whole windows of each row at once: what training iterates over.
 
@@ -184,20 +205,25 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
             state: before the first window.
             call_layer: calls each layer, `call_layer(layer, *tensors)`, in place of us, and may do so again later: what
                 recomputation hooks into.
+            pointed: a list that takes what each of the positions (B, W, T) may point at, for a head.
 
         Returns:
             Hidden states (B, W, T, D) after the final layer norm, and the state after the last window.
         """
-        return self._forward_windows(input_ids, starts, state, call_layer=call_layer)
+        return self._forward_windows(input_ids, starts, state, pointed, call_layer=call_layer)
 
-    def _forward_windows(self, input_ids, starts, state, **options):
+    def _forward_windows(self, input_ids, starts, state, pointed=None, **options):
         rows, windows, length = input_ids.shape
         state = self._checked_state(state, rows, self.config.n_layer)
         has_memory = torch.ones(rows, windows, dtype=torch.bool)
         has_memory[:, 0] = state.windows > 0
         tokens = torch.full((rows,), windows * length)
         block = NewWindows(state, has_memory & ~starts, tokens, self.config.window)
-        hidden, state = self._run(input_ids, block, **options)
+        hidden, state, seen = self._run(input_ids, block, **options)
+        if pointed is not None and seen is not None:
+            positions = torch.arange(rows * windows * length).view(rows, windows, length)
+            slots = {window: seen.seen(window) for window in range(windows)}
+            pointed += [Pointed(each, positions[:, n]) for n, each in slots.items() if each is not None]
         return hidden[-1], state
 
     def softmax_forward(self, input_ids: Tensor, starts: Tensor) -> Tensor:
@@ -255,18 +281,23 @@ class RecurGPT2Model(RecurGPT2PreTrainedModel):
 
     def _run(self, tokens, windows, *, every_layer=False, depth=None, **options):
         """(B, W, T) ids or (B, W, T, D) embeddings -> list of hidden states (B, W, T, D) of the first `depth` layers,
-        or the last; state."""
+        or the last; state; what may be pointed at, if anything."""
         depth = self.config.n_layer if depth is None else depth
         positions = windows.positions(tokens.shape[2], self.config.position_offset).to(tokens.device)
-        embedded = self.drop((self.wte(tokens) if tokens.ndim == 3 else tokens) + self.wpe(positions))
+        ids = tokens if tokens.ndim == 3 else None
+        embedded = self.drop((tokens if ids is None else self.wte(ids)) + self.wpe(positions))
         form = PooledSchedule if self.config.pool_layers else LayerSchedule
         schedule = form(self, windows, depth=depth, every_layer=every_layer, **options)
         hidden = schedule.run(embedded)
         hidden = [embedded, *hidden] if every_layer or not hidden else hidden[-1:]
         del embedded
+        seen, memory = None, self.recurrence.pointer
         if depth == self.config.n_layer:
             hidden[-1] = self.ln_f(hidden[-1])
-        return hidden, windows.next_state(schedule.memory, schedule.window)
+            if memory is not None:
+                seen = PointedWindows(memory, windows, memory.positions(hidden[-1], ids))
+                seen.leave(schedule.memory, schedule.window)
+        return hidden, windows.next_state(schedule.memory, schedule.window), seen
 
 
 class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, GenerationMixin):  # named: transformers looks
@@ -342,18 +373,75 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
             windows = max(parallel_windows, PARALLEL_WINDOWS)
             out = self._generated(input_ids, attention_mask, cache, state, logits_to_keep, windows, options)
             return self._returned(out, return_dict)
+        pointed: list[Pointed] = []
         read = self.transformer(
-            input_ids, attention_mask, state, parallel_windows=parallel_windows, return_dict=True, **options
+            input_ids,
+            attention_mask,
+            state,
+            parallel_windows=parallel_windows,
+            return_dict=True,
+            pointed=pointed,
+            **options,
         )
-        logits, loss = self.lm_head(kept_positions(read.last_hidden_state, logits_to_keep)), None
+        hidden = read.last_hidden_state
+        places = torch.arange(hidden.shape[:2].numel()).view(hidden.shape[:2])
+        logits, loss = self._logits(hidden, kept_positions(places, logits_to_keep), pointed), None
         if labels is not None:
             all_logits = None if isinstance(logits_to_keep, Tensor) or logits_to_keep else logits
-            loss = self._loss(read.last_hidden_state, all_logits, labels, attention_mask, num_items_in_batch)
+            loss = self._loss(hidden, all_logits, pointed, labels, attention_mask, num_items_in_batch)
         state = None if use_cache is False else read.state
         out = RecurGPT2LMOutput(loss, logits, state, read.hidden_states, read.attentions)
         return self._returned(out, return_dict)
 
-    def _loss(self, hidden, logits, labels, attention_mask, num_items_in_batch):
+    def _logits(self, hidden, places, pointed):
+        """Hidden states (B, N, D) -> logits (B, K, V) at places (B, K) of them, all rows counted through."""
+        flat = places.flatten()
+        kept = hidden.flatten(0, 1)[flat.to(hidden.device)]
+        logits = self.lm_head(kept)
+        memory = self.transformer.recurrence.pointer
+        if memory is not None:
+            logits = pointed_logits(memory, logits, kept, flat, pointed)
+        return logits.unflatten(0, places.shape)
+
+    def predict(
+        self, input_ids: Tensor, attention_mask: Tensor | None, spans: list[tuple[int, int]], parallel_windows: int = 1
+    ) -> list[Tensor]:
+        """Logits (n, V) at some positions of each row alone, from the start of its document.
+
+        Args:
+            spans: of each row, the first of its positions, and the one behind the last.
+            The other arguments are those of RecurGPT2Model.
+        """
+        pointed: list[Pointed] = []
+        options = {"parallel_windows": parallel_windows, "return_dict": True, "use_cache": False}
+        hidden = self.transformer(input_ids, attention_mask, pointed=pointed, **options).last_hidden_state
+        rows = enumerate(spans)
+        places = torch.cat([torch.arange(start, end) + row * hidden.shape[1] for row, (start, end) in rows])
+        return list(self._logits(hidden, places[None], pointed)[0].split([end - start for start, end in spans]))
+
+    def read_windows(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        starts: Tensor,
+        state: RecurState | None = None,
+        call_layer: CallLayer | None = None,
+    ) -> tuple[Tensor, Shares | None, RecurState]:
+        """RecurGPT2Model.forward_windows, and what the head's mixture gives: all that the loss is made from.
+
+        Args:
+            targets: (B, W, T) int64, the tokens that follow; -100 where nothing is scored.
+
+        Returns:
+            Hidden states (B, W, T, D); shares of the mixture, (B, W, T) each, None for a model that has no pointers; and
+            the state after the last window.
+        """
+        pointed: list[Pointed] = []
+        hidden, state = self.transformer.forward_windows(input_ids, starts, state, call_layer, pointed)
+        memory = self.transformer.recurrence.pointer
+        return hidden, None if memory is None else memory.shares(hidden, targets, pointed), state
+
+    def _loss(self, hidden, logits, pointed, labels, attention_mask, num_items_in_batch):
         """Of all logits, if they are there; of hidden states otherwise."""
         packing = Packing(labels, attention_mask)
         targets = nn.functional.pad(packing.tokens[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -362,7 +450,9 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
         if logits is not None:
             total = loss_of_logits(logits, targets)
         else:  # a few rows' logits were kept: the others are never made
-            total = summed_loss(hidden, weight_of(self.lm_head), targets)
+            memory = self.transformer.recurrence.pointer
+            shares = None if memory is None else memory.shares(hidden, targets, pointed)
+            total = summed_loss(hidden, weight_of(self.lm_head), targets, shares)
         items = (targets != IGNORE_INDEX).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 

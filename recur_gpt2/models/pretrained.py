@@ -19,9 +19,10 @@ from .feature_map_fitting import fit_feature_maps
 from .hub import load_gpt2, save_tokenizer
 from .memory import LayerMemory, PooledMemory
 from .model_card import model_card
+from .pointer import PointerMemory
 from .slot_initialization import fit_slots
 
-NEW_MODULES = LayerMemory | PooledMemory | FeatureMap | MixingGate  # what GPT-2 has not
+NEW_MODULES = LayerMemory | PooledMemory | PointerMemory | FeatureMap | MixingGate  # what GPT-2 has not
 
 
 class RecurGPT2PreTrainedModel(GPT2PreTrainedModel):

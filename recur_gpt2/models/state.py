@@ -50,14 +50,17 @@ class RecurState:
         filled: (B,) int64 on the CPU, tokens of the window that is not full yet.
         memory: what the last full window left. Without `pool_layers`: {"<layer>": (B, 2, H, pooled + last slots,
             D / H)}, keys and values. With them: {"pooled": (B, len(pool_layers), D)}, mean hidden states. With
-            `carry_linear_state` also {"linear.<layer>": (B, H, k, D / H + 1)}, S with z beside it.
+            `carry_linear_state` also {"linear.<layer>": (B, H, k, D / H + 1)}, S with z beside it. With
+            `pointer_slots` also {"pointer": (B, N, w + 1)}, keys of the last N positions, oldest first, and beside each
+            the id of the token that followed it, plus one; zeros where there are fewer.
         window: what is needed inside the window that is not full yet: {"<layer>": (B, 2, H, F, D / H)}, its keys
             and values, zero beyond a row's `filled`, F the largest of them; with `pool_layers` also
             {"pooled": (B, len(pool_layers), D)}, the sums of its hidden states. Layers with linear attention have
             {"linear.<layer>": (B, H, k, D / H + 1)} instead, S with z beside it, and, if they leave memory,
             {"tail.<layer>": (B, 2, H, n, D / H)}, the last n keys and values, aligned to the end, zero in front. With
             `near_tokens` n is at least that many, memory slots count as positions in front, and S and z are without the
-            last `near_tokens` positions.
+            last `near_tokens` positions. With `pointer_slots` also {"pointer": (B, F, w + 1)}, each position's key, and
+            its own token's id, plus one.
         origin: the RecurGPT2Model that left it; of a state that was loaded, the fingerprint of that model; None if
             not known. A model refuses a state that another one left.
     """
@@ -88,14 +91,14 @@ class RecurState:
         return self._map(Tensor.detach)
 
     def to(self, *args, **kwargs) -> RecurState:
-        """Memory and window moved or cast as by `Tensor.to`; the counters stay on the CPU, and sums (of linear
-        attention, of pooling) are never cast to 16 bit, which would lose what is small."""
+        """Memory and window moved or cast as by `Tensor.to`; the counters stay on the CPU. Sums (of linear attention,
+        of pooling) and what is pointed at are never cast to 16 bit, which would lose what is small, and ids."""
 
         def cast(group):
             moved = {name: tensor.to(*args, **kwargs) for name, tensor in group.items()}
             return {
                 name: group[name].to(each.device, torch.promote_types(each.dtype, torch.float32))
-                if _is_sum(name)
+                if _is_wide(name)
                 else each
                 for name, each in moved.items()
             }
@@ -196,7 +199,7 @@ class RecurState:
         if not longest:
             return replace(self, window={})
         window = self.window.items()
-        return replace(self, window={k: v[..., :longest, :] if k.isdigit() else v for k, v in window})
+        return replace(self, window={k: v[..., :longest, :] if k.isdigit() or k == "pointer" else v for k, v in window})
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> RecurState:
         return replace(
@@ -211,8 +214,8 @@ class RecurState:
         return tensors | {f"window.{key}": tensor for key, tensor in self.window.items()}
 
 
-def _is_sum(name: str) -> bool:
-    return name == "pooled" or name.startswith("linear.")
+def _is_wide(name: str) -> bool:
+    return name in ("pooled", "pointer") or name.startswith("linear.")
 
 
 def _replace_rows(old: Tensor | None, rows: Tensor, new: Tensor | None, batch_size: int) -> Tensor:

@@ -86,6 +86,22 @@ class NewWindows:
         """(B, W, H, T, d) new keys and values -> those of the windows so far: the same."""
         return key, value
 
+    def extend_positions(self, name: str, new: Tensor) -> Tensor:
+        """(B, W, T, d) of the new tokens -> (B, W, T, d) of the windows so far: the same."""
+        return new
+
+    def windows_before(self, window: int) -> list[int]:
+        """Full windows of each row's document before a window of the block; W for the one after it."""
+        before = []
+        for continues, read in zip(self._continues, self.state.windows.tolist(), strict=True):
+            start = self._last_start(continues, window)
+            before.append(read + window if start is None else window - start)
+        return before
+
+    @staticmethod
+    def _last_start(continues, window):
+        return next((n for n in reversed(range(min(window + 1, len(continues)))) if not continues[n]), None)
+
     def attend(self, query, key, value, memory: KeyValue | None, **options) -> Tensor:
         """Softmax attention: (B, W, H, T, d) each, memory (B, W, H, M, d) -> (B, W, H, T, d)."""
         flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
@@ -175,12 +191,16 @@ class NewWindows:
 
     def _unfinished_positions(self, key: Tensor, value: Tensor) -> Tensor:
         """(B, W, H, T, d) -> (B, 2, H, F, d) of each row's unfinished window, zero beyond its tokens."""
-        longest, index = max(self.filled), self._last_begun(key.shape[1])
-        kept = torch.stack([_pick(tensor, index)[..., :longest, :] for tensor in (key, value)], dim=1)
+        return torch.stack([self.unfinished_positions(tensor) for tensor in (key, value)], dim=1)
+
+    def unfinished_positions(self, positions: Tensor) -> Tensor:
+        """(B, W, ..., T, d) -> (B, ..., F, d) of each row's unfinished window, zero beyond its tokens."""
+        longest = max(self.filled)
+        kept = _pick(positions, self._last_begun(positions.shape[1]))[..., :longest, :]
         if _alike(self.filled):
             return kept
         inside = (torch.arange(longest) < torch.tensor(self.filled)[:, None]).to(kept.device)
-        return kept * inside[:, None, None, :, None]
+        return kept * inside.view(len(inside), *[1] * (kept.ndim - 3), longest, 1)
 
     def unfinished_sums(self, sums: Tensor) -> Tensor:
         """(B, W, ...) -> (B, ...) of each row's unfinished window, zero where there is none."""
@@ -224,6 +244,10 @@ class PartialWindows(NewWindows):
         both = self._append(old, new)
         return both[:, None, 0], both[:, None, 1]
 
+    def extend_positions(self, name: str, new: Tensor) -> Tensor:
+        """Those of each window so far, the new ones behind the old: (B, 1, F, d)."""
+        return self._append(self.state.window[name], new[:, 0])[:, None]
+
     def sums(self, layer: str) -> Tensor | None:
         return self.state.window[f"linear.{layer}"][:, None]
 
@@ -239,7 +263,7 @@ class PartialWindows(NewWindows):
         return ending_at(both, self.read_now, count)
 
     def _append(self, old, new):
-        """(B, 2, H, F, d) and (B, 2, H, n, d) -> (B, 2, H, F', d), row b's new ones at `filled[b]`."""
+        """(B, ..., F, d) and (B, ..., n, d) -> (B, ..., F', d), row b's new ones at `filled[b]`."""
         filled = self._filled_before
         if _alike(filled):
             return torch.cat((old[..., : filled[0], :], new.to(old.dtype)), dim=-2)
@@ -248,7 +272,7 @@ class PartialWindows(NewWindows):
         both = old.new_zeros(*old.shape[:-2], room, old.shape[-1])
         both[..., : old.shape[-2], :] = old
         positions = (self.state.filled[:, None] + torch.arange(new.shape[-2])).to(old.device)
-        index = positions.view(len(filled), 1, 1, -1, 1).expand_as(new)
+        index = positions.view(len(filled), *[1] * (new.ndim - 3), -1, 1).expand_as(new)
         return both.scatter(-2, index, new.to(old.dtype))[..., :length, :]
 
     def attend(self, query, key, value, memory: KeyValue | None, **options) -> Tensor:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..utils.tensors import IGNORE_INDEX
 
+# Of a mixture (ops/pointer.py): the log of the model's share, and the share that points at the target, (...) each.
+Shares = tuple[Tensor, Tensor]
+
 # A chunk: on a CPU, rows enough that the products outweigh reading the head and adding to its gradient, which are the
 # same for any number of them (docs/performance.md); elsewhere few large kernels, a quarter of a gigabyte of logits.
 CPU_ROWS = 256
@@ -40,15 +43,25 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return losses.view(targets.shape)
 
 
-def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The sum of `token_losses`, differentiable in `hidden` and `weight`. -> () float32 (float64 for inputs in it)
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, shares: Shares | None = None) -> Tensor:
+    """The sum of `token_losses`, differentiable in `hidden`, `weight` and `shares`. -> () float32 (float64 for inputs
+    in it)
 
     Under autocast the products run in the autocast type; the softmax and the sums are never in 16 bit.
+
+    Args:
+        shares: of a mixture, (...) each as `targets`: the loss is that of `mixed_losses`.
     """
     dtype = _dtype(hidden)
+    shares = () if shares is None else tuple(each.flatten() for each in shares)
     if not torch.is_grad_enabled():  # apply does not ask, and would make gradients that nobody wants
-        hidden, weight = hidden.detach(), weight.detach()
-    return _SummedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), dtype)
+        hidden, weight, shares = hidden.detach(), weight.detach(), tuple(each.detach() for each in shares)
+    return _SummedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), dtype, *shares)
+
+
+def mixed_losses(losses: Tensor, shares: Shares, targets: Tensor) -> Tensor:
+    """Nats of the model (...) -> those of its mixture with what is pointed at; zero where nothing is scored."""
+    return _mixed(losses, *shares, targets != IGNORE_INDEX)[0]
 
 
 def loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -63,7 +76,9 @@ def loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     return _LossOfLogits.apply(logits.flatten(0, -2), targets.flatten())
 
 
-def accumulate_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor | None:
+def accumulate_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, shares: Shares | None = None
+) -> tuple[Tensor | None, Shares | None]:
     """The backward pass of `scale * summed_loss(...)` at once: the head's gradient is added to `weight.grad` in place.
 
     So that no second tensor as large as the head stands beside its gradient.
@@ -71,9 +86,10 @@ def accumulate_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, scale:
     Args:
         weight: (V, D), a leaf; left alone if it needs no gradient.
         scale: (), what the loss's gradient is multiplied by.
+        shares: as in `summed_loss`.
 
     Returns:
-        The gradient of `hidden`; None if it needs none.
+        The gradients of `hidden`, None if it needs none, and of the shares.
     """
     with torch.no_grad():
         if weight.requires_grad and weight.grad is None:
@@ -81,10 +97,12 @@ def accumulate_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, scale:
         wanted = hidden.requires_grad, weight.requires_grad
         flat = hidden.detach().flatten(0, -2)
         into = weight.grad if weight.requires_grad else None
-        _, (grad_hidden, _) = _loss_and_gradients(
-            flat, weight.detach(), targets.flatten(), _dtype(hidden), wanted, scale, into
+        flat_shares = () if shares is None else tuple(each.detach().flatten() for each in shares)
+        _, (grad_hidden, _, *grad_shares) = _loss_and_gradients(
+            flat, weight.detach(), targets.flatten(), _dtype(hidden), wanted, flat_shares, scale, into
         )
-    return None if grad_hidden is None else grad_hidden.view(hidden.shape).to(hidden.dtype)
+    grad_hidden = None if grad_hidden is None else grad_hidden.view(hidden.shape).to(hidden.dtype)
+    return grad_hidden, None if shares is None else tuple(each.view(targets.shape) for each in grad_shares)
 
 
 def cpu_chunk_rows(vocabulary: int) -> int:
@@ -110,26 +128,26 @@ class _SummedLoss(torch.autograd.Function):
     """d loss / d logits is softmax - onehot, so one pass over the chunks gives loss and gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype):
-        total, ctx.gradients = _loss_and_gradients(hidden, weight, targets, dtype, ctx.needs_input_grad)
-        ctx.save_for_backward(hidden, weight, targets)
+    def forward(ctx, hidden, weight, targets, dtype, *shares):
+        total, ctx.gradients = _loss_and_gradients(hidden, weight, targets, dtype, ctx.needs_input_grad, shares)
+        ctx.save_for_backward(hidden, weight, targets, *shares)
         ctx.dtype = dtype
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, *shares = ctx.saved_tensors
         # Scaled in place and given away: a second tensor as large as the head would stand at the peak of memory. So a
         # graph that is run through twice makes them again.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            _, gradients = _loss_and_gradients(hidden, weight, targets, ctx.dtype, ctx.needs_input_grad)
-        inputs = hidden, weight
+            _, gradients = _loss_and_gradients(hidden, weight, targets, ctx.dtype, ctx.needs_input_grad, shares)
+        inputs = hidden, weight, *shares
         scaled = [
             None if gradient is None else gradient.mul_(grad_total).to(given.dtype)
             for gradient, given in zip(gradients, inputs, strict=True)
         ]
-        return *scaled, None, None
+        return *scaled[:2], None, None, *scaled[2:]
 
 
 class _LossOfLogits(torch.autograd.Function):
@@ -162,8 +180,9 @@ def _row_chunks(logits):
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
-def _loss_and_gradients(hidden, weight, targets, dtype, wanted, scale=1.0, into=None):
-    """(N, D), (V, D), (N,) -> the loss (), and its gradients (N, D) and (V, D), None where not `wanted`.
+def _loss_and_gradients(hidden, weight, targets, dtype, wanted, shares=(), scale=1.0, into=None):
+    """(N, D), (V, D), (N,) -> the loss (), and its gradients (N, D) and (V, D), None where not `wanted`, and (N,) for
+    each of the shares.
 
     The gradients are multiplied by `scale`; that of the weight is added to `into` (V, D), if given.
     """
@@ -172,16 +191,30 @@ def _loss_and_gradients(hidden, weight, targets, dtype, wanted, scale=1.0, into=
     grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] and into is None else into
     total = low.new_zeros((), dtype=wide)
     factor = (targets != IGNORE_INDEX) * torch.as_tensor(scale, dtype=wide)
+    grad_shares = [torch.zeros_like(each) for each in shares]
     chunks, head = _chunks(low, weight)
     for rows in chunks:
         nats, gradient, sums = _exponentials(low[rows], head, targets[rows], wide)
+        own = factor[rows]
+        if shares:
+            nats, model = _mixed(nats, *(each[rows] for each in shares), targets[rows] != IGNORE_INDEX)
+            for grad, each in zip(grad_shares, (model, nats.exp()), strict=True):
+                grad[rows] = -each * own
+            own = own * model
         total += nats.sum()
         if any(wanted[:2]):  # softmax - onehot, times the factor
-            gradient *= (factor[rows] / sums)[:, None]
-            gradient.scatter_add_(1, targets[rows].clamp_min(0)[:, None], -factor[rows, None])
+            gradient *= (own / sums)[:, None]
+            gradient.scatter_add_(1, targets[rows].clamp_min(0)[:, None], -own[:, None])
             _add_products(gradient, low[rows], head, grad_hidden[rows] if wanted[0] else None, grad_weight)
         del gradient  # the largest tensor: gone before the next one is made
-    return total, (grad_hidden, grad_weight)
+    return total, (grad_hidden, grad_weight, *grad_shares)
+
+
+def _mixed(nats, log_model, copied, scored):
+    """(n,) each -> nats of the mixture, zero where not scored, and the model's part of what the target got."""
+    model = log_model - nats
+    mixed = -torch.logaddexp(model, copied.log()) * scored
+    return mixed, (model + mixed).exp()
 
 
 def _add_products(gradient, hidden, weight, grad_hidden, grad_weight):

@@ -31,14 +31,17 @@ NOTED = 2
 class Block(Protocol):
     """Some windows: two pure functions of what they are given, of the parameters and of random numbers."""
 
-    def read(self, state: RecurState, call_layer: CallLayer | None = None) -> tuple[Tensor, RecurState]:
-        """The state before -> hidden states, and the state after. Layers are called through `call_layer`, if given."""
+    def read(
+        self, state: RecurState, call_layer: CallLayer | None = None
+    ) -> tuple[tuple[Tensor, ...], RecurState]:
+        """The state before -> what the loss is made from, and the state after. Layers are called through `call_layer`,
+        if given."""
 
-    def loss(self, hidden: Tensor) -> Tensor:
-        """Hidden states -> ()."""
+    def loss(self, *outputs: Tensor) -> Tensor:
+        """What `read` gave -> ()."""
 
-    def loss_backward(self, hidden: Tensor, grad_total: Tensor) -> Tensor | None:
-        """The backward pass of `loss`: adds to its parameters' gradients -> that of the hidden states, if any."""
+    def loss_backward(self, grad_total: Tensor, *outputs: Tensor) -> list[Tensor | None]:
+        """The backward pass of `loss`: adds to its parameters' gradients -> those of what `read` gave, if any."""
 
 
 def recomputed(blocks: Sequence[Block], state: RecurState, parameters: Sequence[Tensor]) -> tuple[Tensor, RecurState]:
@@ -104,8 +107,8 @@ class _Pass:
             for number, block in enumerate(self.blocks):
                 if number % self.spacing == 0:
                     self.kept.append((state, self._random()))
-                hidden, state = self._read(number, state, note=number >= len(self.blocks) - NOTED)
-                total = total + block.loss(hidden)
+                outputs, state = self._read(number, state, note=number >= len(self.blocks) - NOTED)
+                total = total + block.loss(*outputs)
         self.after, self.names = replace(state, memory={}), list(state.memory)
         return total, *state.memory.values()
 
@@ -140,7 +143,7 @@ class _Pass:
                 parameter.grad = None
 
     def _read(self, number, state, *, note):
-        """A block without a graph -> hidden states, and the state after."""
+        """A block without a graph -> what its loss is made from, and the state after."""
         if not note:
             return self.blocks[number].read(state)
         notes = self.notes[number] = deque()
@@ -177,10 +180,11 @@ class _Pass:
             return _Layer.apply(self, layer, *notes.popleft(), self.parameters[0], *inputs)
 
         with self._as_forward(random), torch.enable_grad():
-            hidden, after = block.read(replace(state, memory=given), call_layer)
-            made = [(hidden, None if grad_total is None else block.loss_backward(hidden, grad_total))]
+            outputs, after = block.read(replace(state, memory=given), call_layer)
+            gradients = [] if grad_total is None else block.loss_backward(grad_total, *outputs)
+            made = list(zip(outputs, gradients, strict=False))
         made += [(after.memory[name], gradient) for name, gradient in grad_memory.items()]
-        del hidden, after
+        del outputs, after
         _backward(made)
         return {name: tensor.grad for name, tensor in given.items()}
 

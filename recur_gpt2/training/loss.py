@@ -32,12 +32,13 @@ class SegmentLoss(nn.Module):
         state = RecurState.empty(len(starts)) if state is None else state
         if self.args.checkpointing:
             return recomputed(blocks, state, list(self.model.parameters()))
-        hidden = []
+        outputs = []
         for block in blocks:
             each, state = block.read(state)
-            hidden.append(each)
+            outputs.append(each)
         # One loss for all: each would keep a gradient of its own as large as the head.
-        return _Block(self.model, *whole).loss(torch.cat(hidden, dim=1)), state
+        joined = [torch.cat(each, dim=1) for each in zip(*outputs, strict=True)]
+        return _Block(self.model, *whole).loss(*joined), state
 
 
 @dataclass
@@ -54,22 +55,28 @@ class _Block:
     starts: Tensor
     sparse: bool = False
 
-    def read(self, state: RecurState, call_layer: CallLayer | None = None) -> tuple[Tensor, RecurState]:
+    def read(
+        self, state: RecurState, call_layer: CallLayer | None = None
+    ) -> tuple[tuple[Tensor, ...], RecurState]:
+        """-> hidden states and, if the head has a mixture, its shares; and the state after."""
         embedding = self.model.get_input_embeddings()
         before, embedding.sparse = embedding.sparse, self.sparse
         try:
-            return self.model.transformer.forward_windows(self.input_ids, self.starts, state, call_layer)
+            hidden, shares, state = self.model.read_windows(
+                self.input_ids, self.targets, self.starts, state, call_layer
+            )
         finally:
             embedding.sparse = before
+        return (hidden, *(shares or ())), state
 
-    def loss(self, hidden: Tensor) -> Tensor:
-        return summed_loss(hidden, weight_of(self.model.lm_head), self.targets)
+    def loss(self, hidden: Tensor, *shares: Tensor) -> Tensor:
+        return summed_loss(hidden, weight_of(self.model.lm_head), self.targets, shares or None)
 
-    def loss_backward(self, hidden: Tensor, grad_total: Tensor) -> Tensor | None:
+    def loss_backward(self, grad_total: Tensor, hidden: Tensor, *shares: Tensor) -> list[Tensor | None]:
         weight = weight_of(self.model.lm_head)
-        if weight.is_leaf:
-            return accumulate_gradients(hidden, weight, self.targets, grad_total)
-        leaf = weight.detach().requires_grad_()  # of an adapted head, whose gradient goes on to what it is made of
-        grad_hidden = accumulate_gradients(hidden, leaf, self.targets, grad_total)
-        weight.backward(leaf.grad)
-        return grad_hidden
+        # An adapted head's gradient goes on to what it is made of.
+        leaf = weight if weight.is_leaf else weight.detach().requires_grad_()
+        grad_hidden, grad_shares = accumulate_gradients(hidden, leaf, self.targets, grad_total, shares or None)
+        if leaf is not weight:
+            weight.backward(leaf.grad)
+        return [grad_hidden, *(grad_shares or ())]

@@ -39,8 +39,8 @@ def _seconds(model, dtype, training):
         for _ in range(1 + TRIALS):
             began = time.perf_counter()
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                hidden, _ = model.transformer.forward_windows(ids, starts)
-                loss = summed_loss(hidden, weight_of(model.lm_head), ids)
+                hidden, shares, _ = model.read_windows(ids, ids, starts)
+                loss = summed_loss(hidden, weight_of(model.lm_head), ids, shares)
             if training:
                 loss.backward()
             if device.type == "cuda":

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recur_gpt2.ops import cross_entropy
-from recur_gpt2.ops.cross_entropy import accumulate_gradients, loss_of_logits, summed_loss, token_losses
+from recur_gpt2.ops.cross_entropy import accumulate_gradients, loss_of_logits, mixed_losses, summed_loss, token_losses
 from recur_gpt2.utils.tensors import IGNORE_INDEX
 
 WIDTH, VOCABULARY = 8, 31
@@ -63,6 +63,32 @@ def test_any_leading_dimensions(shape):
 def test_gradients_agree_with_finite_differences():
     hidden, weight, targets = random_inputs(CHUNK + 2)
     assert torch.autograd.gradcheck(lambda *inputs: summed_loss(*inputs, targets), (hidden, weight))
+
+
+def random_shares(count):
+    """Of a mixture that points at every third target not at all."""
+    generator = torch.Generator().manual_seed(3)
+    copied = 0.5 * torch.rand(count, generator=generator, dtype=torch.float64)
+    copied[::3] = 0
+    return (1 - copied).mul(0.7).log(), copied
+
+
+@pytest.mark.parametrize("rows", [1, 2 * CHUNK + 3])
+def test_the_loss_of_a_mixture_is_that_of_its_probabilities(rows):
+    hidden, weight, targets = random_inputs(rows)
+    inputs = [each.clone().requires_grad_() for each in (hidden, weight, *random_shares(rows))]
+    ours = summed_loss(*inputs[:2], targets, inputs[2:])
+    probabilities = (inputs[0] @ inputs[1].T).softmax(dim=1).gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
+    mixed = inputs[2].exp() * probabilities + inputs[3]
+    each = -mixed.log() * (targets != IGNORE_INDEX)
+    assert_close(ours, each.sum())
+    assert_close(torch.autograd.grad(2 * ours, inputs), torch.autograd.grad(2 * each.sum(), inputs))
+    found = mixed_losses(token_losses(hidden, weight, targets).double(), inputs[2:], targets)
+    assert_close(found, each, rtol=1e-5, atol=1e-6)
+    leaves = [each.detach().clone().requires_grad_() for each in inputs]
+    grad_hidden, grad_shares = accumulate_gradients(*leaves[:2], targets, torch.tensor(2.0), leaves[2:])
+    expected = torch.autograd.grad(2 * summed_loss(*inputs[:2], targets, inputs[2:]), inputs)
+    assert_close([grad_hidden, leaves[1].grad, *grad_shares], list(expected))
 
 
 def test_positions_that_are_not_scored_cost_nothing_and_learn_nothing():
@@ -202,7 +228,7 @@ def test_gradients_are_accumulated_as_a_backward_pass_would(frozen):
     wanted = [each for each in inputs if each.requires_grad]
     expected = dict(zip(map(id, wanted), torch.autograd.grad(2.5 * reference(*inputs, targets), wanted), strict=True))
     for times in (1, 2):  # the head's sum goes on
-        grad_hidden = accumulate_gradients(*inputs, targets, torch.tensor(2.5))
+        grad_hidden, _ = accumulate_gradients(*inputs, targets, torch.tensor(2.5))
         if frozen == 0:
             assert grad_hidden is None
         else:
