@@ -134,7 +134,7 @@ def make_model(gpt2_folder):
             model = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, **{"window": WINDOW} | ALL_FORMS[form] | options)
         perturb(model.transformer.recurrence)
         if model.transformer.recurrence.pointer is not None:  # it begins with next to no share
-            model.transformer.recurrence.pointer.sentinel_bias.data -= 6
+            model.transformer.recurrence.pointer.log_scale.data += 0.5
         for block in model.transformer.h:
             if block.far_gate is not None:
                 perturb(block.far_gate)

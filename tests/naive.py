@@ -3,6 +3,8 @@
 import torch
 from transformers.activations import ACT2FN
 
+from recur_gpt2.models.pointer import ABOVE
+
 
 def attend(query, key, value, first_place, slots, scale):
     """Query i stands at place `first_place + i` and sees the slots in front and the keys up to its own place.
@@ -133,9 +135,11 @@ def point(pointer, logits, hidden, slots):
     if not slots or pointer is None:
         return logits
     query = pointer.query @ hidden
-    scores = [pointer.sentinel @ hidden + pointer.sentinel_bias[0]]
+    scale = pointer.log_scale.exp()
+    scores = [pointer.sentinel @ hidden + scale.max() + ABOVE]
     for earlier, _ in slots:
-        scores.append(pointer.log_scale.exp()[0] * torch.cosine_similarity(query, pointer.key @ earlier, dim=0))
+        key = pointer.key @ earlier
+        scores.append((query * scale) @ key / query.norm() / key.norm())
     shares = torch.stack(scores).softmax(dim=0)
     probabilities = shares[0] * logits.softmax(dim=0)
     for share, (_, token) in zip(shares[1:], slots, strict=True):

@@ -69,6 +69,8 @@ class RecurCache(Cache):
         """
         self.seen += 1
         slots = self._decoder.slots
+        if slots is not None and self._decoder.fills_a_window:
+            slots = slots.clone()  # they are written in place
         return self._decoder.step(input_ids), slots
 
     def go_on(self, state: RecurState, seen: int) -> None:

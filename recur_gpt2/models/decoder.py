@@ -117,6 +117,11 @@ class Decoder:
         """(B, N, w + 1), what the rows' next tokens may point at; None for nothing."""
         return self.memory.get(POINTER) if any(self.windows) else None
 
+    @property
+    def fills_a_window(self) -> bool:
+        """Whether the next step does, in some row."""
+        return max(self.filled) == self.config.window - 1
+
     @torch.no_grad()
     def reorder(self, rows: Tensor) -> None:
         """Row b goes on as row `rows[b]` (B,) was."""
@@ -170,10 +175,8 @@ class Decoder:
             self._keep("pooled", rows, self.sums[rows] / self.config.window)
             self.sums[rows] = 0
         if self.pointer is not None:
-            # Not in place: whoever read the token that filled the window still looks at what was there.
-            all_slots = self.memory.get(POINTER, self.pointer.empty(self.positions)).clone()
-            all_slots[rows] = self.pointer.written(all_slots[rows], self.positions[rows])
-            self.memory[POINTER] = all_slots
+            before = self.memory[POINTER] if POINTER in self.memory else self.pointer.empty(self.positions)
+            self._keep(POINTER, rows, self.pointer.written(before[rows], self.positions[rows]))
 
     def _keep(self, name, rows, values):
         if name not in self.memory:

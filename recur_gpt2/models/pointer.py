@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from ..ops.cross_entropy import Shares
 from ..ops.pointer import pointer_logits, pointer_shares
-from ..utils.tensors import IGNORE_INDEX, widen
+from ..utils.tensors import IGNORE_INDEX, in_full, widen
 from .configuration import RecurGPT2Config
 
 POINTER = "pointer"  # its name in RecurState
-SCALE, SENTINEL = 12.0, 17.0  # what a new model begins with: the model's own share is nearly all
+SCALE = 12.0  # of a new model's scores
+ABOVE = 5.0  # the sentinel's score over the largest one that a slot can have: a new model's own share is nearly all
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class PointerMemory(nn.Module):
         self.query = nn.Parameter(torch.empty(self.width, config.n_embd))
         self.key = nn.Parameter(torch.empty(self.width, config.n_embd))
         self.sentinel = nn.Parameter(torch.empty(config.n_embd))
-        self.sentinel_bias = nn.Parameter(torch.empty(1))
-        self.log_scale = nn.Parameter(torch.empty(1))
+        self.log_scale = nn.Parameter(torch.empty(self.width))
 
     def reset_parameters(self):
         """Begin with a cosine of hidden states, looked at from a few directions."""
@@ -57,7 +57,6 @@ class PointerMemory(nn.Module):
         with torch.no_grad():
             self.query.copy_(self.key)
         nn.init.zeros_(self.sentinel)
-        nn.init.constant_(self.sentinel_bias, SENTINEL)
         nn.init.constant_(self.log_scale, log(SCALE))
 
     def positions(self, hidden: Tensor, ids: Tensor | None) -> Tensor:
@@ -111,10 +110,11 @@ class PointerMemory(nn.Module):
 
     def _asked(self, hidden):
         """(..., D) -> queries (..., w), the sentinel's scores (...), and () what no score exceeds."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            scale = widen(self.log_scale).exp().squeeze(0)
-            sentinel = widen(hidden) @ widen(self.sentinel) + widen(self.sentinel_bias)
-        return scale * _unit(hidden, self.query), sentinel, scale
+        with in_full(hidden.device):
+            scale = widen(self.log_scale).exp()
+            ceiling = scale.max()  # queries and keys are of length 1
+            sentinel = widen(hidden) @ widen(self.sentinel) + ceiling + ABOVE
+        return scale * _unit(hidden, self.query), sentinel, ceiling
 
 
 def pointed_logits(
@@ -128,7 +128,7 @@ def pointed_logits(
         pointed: what all positions read may point at.
     """
     rows = [(each.slots[row], own) for each in pointed for row, own in enumerate(each.positions)]
-    if not rows:
+    if not rows or not len(sources):
         return logits
     number = torch.full((1 + max(int(sources.max()), *(int(own.max()) for _, own in rows)),), -1)
     for index, (_, own) in enumerate(rows):
@@ -144,5 +144,5 @@ def pointed_logits(
 
 def _unit(hidden, weight):
     """(..., D) -> (..., w) of length 1, never in 16 bit."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with in_full(hidden.device):
         return nn.functional.normalize(widen(hidden) @ widen(weight).T, dim=-1)

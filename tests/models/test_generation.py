@@ -189,7 +189,7 @@ def test_a_held_token_is_read_once_however_it_is_gone_on_from(make_model):
 
     def holding():
         cache = RecurCache(model, model(ids[:, :-1]).state)
-        cache.held = cache.step(ids[:, -1:])
+        cache.held = model.step(cache, ids[:, -1:])
         cache.seen = 0
         return cache
 

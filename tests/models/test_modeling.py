@@ -163,7 +163,7 @@ def test_nothing_scored_is_a_loss_of_zero(make_model):
 @pytest.mark.parametrize("pads", ["left", "right", "between"])
 def test_the_head_is_computed_once_for_logits_and_loss(pads, make_model):
     """And a head that does more than multiply, as adapters make it, is in the loss too."""
-    model, ids = copy.deepcopy(make_model("default")), random_ids(2, 2 * WINDOW + 3)
+    model, ids = copy.deepcopy(make_model("default", pointer_slots=0)), random_ids(2, 2 * WINDOW + 3)
     mask = torch.ones_like(ids)
     mask[0, {"left": slice(5), "right": slice(-5, None), "between": slice(4, 9)}[pads]] = 0
     expected = model(ids, mask, labels=ids, logits_to_keep=1).loss
@@ -303,7 +303,7 @@ def test_a_16_bit_checkpoint_is_widened(dtype, tmp_path):
 
 
 def test_the_embeddings_can_be_resized_and_stay_tied(gpt2_folder):
-    model = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, window=WINDOW, last_slots=3)
+    model = RecurGPT2LMHeadModel.from_gpt2(gpt2_folder, window=WINDOW, last_slots=3, pointer_slots=0)
     assert isinstance(model.get_input_embeddings(), nn.Embedding)
     ids = random_ids(1, 2 * WINDOW)
     before = model(ids).logits

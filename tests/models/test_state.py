@@ -122,12 +122,16 @@ def test_detach_cuts_the_graph_and_keeps_the_numbers(make_model):
     assert_identical(detached, state)
 
 
+def is_wide(name):
+    """Whether a part of a state is never in 16 bit."""
+    return name in ("pooled", "pointer") or name.startswith("linear.")
+
+
 def test_to_casts_what_is_computed_with_and_leaves_the_counters(model):
     state = ragged(model, [WINDOW + 5, 3])
     cast = state.to(torch.bfloat16)
     for name, tensor in (*cast.memory.items(), *cast.window.items()):
-        is_sum = name == "pooled" or name.startswith("linear.")
-        assert tensor.dtype == (torch.float32 if is_sum else torch.bfloat16)
+        assert tensor.dtype == (torch.float32 if is_wide(name) else torch.bfloat16)
     assert cast.windows.dtype == cast.filled.dtype == torch.int64
     for name, tensor in tensors(cast).items():
         assert_close(tensor.double(), tensors(state)[name].double(), rtol=1e-2, atol=1e-2)
@@ -325,7 +329,7 @@ def test_a_state_goes_on_while_its_model_is_being_trained(make_model):
 
 @pytest.mark.parametrize("form", ["carried, default", "near, default", "yoshida2020", "hedgehog, yoshida2020"])
 def test_each_part_of_a_state_keeps_its_type_in_a_model_of_any(form, make_model, tmp_path):
-    """Sums are never in 16 bit; keys and values are in the model's type, whichever type they come in."""
+    """Sums and what is pointed at are never in 16 bit; keys and values are in the model's type, whichever type they come in."""
     ids, models = random_ids(2, 2 * WINDOW + 3), {}
     for dtype in (torch.float32, torch.bfloat16):
         models[dtype] = copy.deepcopy(make_model(form)).to(dtype)
@@ -336,10 +340,9 @@ def test_each_part_of_a_state_keeps_its_type_in_a_model_of_any(form, make_model,
         out = models[goes_on](ids[:, :2], state=loaded).state
         kept = RecurCache(models[goes_on], loaded).state()
         for name, tensor in itertools.chain(*(group.items() for s in (out, kept) for group in (s.memory, s.window))):
-            is_sum = name == "pooled" or name.startswith("linear.")
-            assert tensor.dtype == (torch.float32 if is_sum else goes_on), name
+            assert tensor.dtype == (torch.float32 if is_wide(name) else goes_on), name
         for name, tensor in loaded.to(torch.bfloat16).memory.items():
-            if name == "pooled" or name.startswith("linear."):
+            if is_wide(name):
                 assert torch.equal(tensor, loaded.memory[name]), "not rounded on the way"
 
 
