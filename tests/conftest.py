@@ -36,7 +36,8 @@ FORMS = {
     "default": {"recurrence": "default", "last_slots": 3, "pointer_slots": 2 * WINDOW + 3},
     "sinks only": {"recurrence": "default", "sink_slots": 2, "last_slots": 0} | NO_POINTER,
     "gated": {"recurrence": "default", "sink_slots": 0, "last_slots": 0, "pooled_slots": 2} | NO_POINTER,
-    "all slots, some layers": {"last_slots": 2, "pooled_slots": 2, "sink_slots": 2, "insert_layers": [1, 3]} | NO_POINTER,
+    "all slots, some layers": {"last_slots": 2, "pooled_slots": 2, "sink_slots": 2, "insert_layers": [1, 3]}
+    | NO_POINTER,
     "whole window": {"last_slots": WINDOW, "pointer_slots": 5},
     "pointer": {"recurrence": "none", "pointer_slots": 4 * WINDOW, "pointer_width": 3},
     "yoshida2020": {"recurrence": "yoshida2020"},

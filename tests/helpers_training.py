@@ -149,10 +149,13 @@ def plain_run(model, corpus, args, *, processes=1):
                     window = slice(k, k + 1)
                     starts = segment.starts[:, window]
                     starts = starts if args.recurrent else torch.ones_like(starts)
-                    hidden, state = model.transformer.forward_windows(segment.input_ids[:, window], starts, state)
-                    logits = model.lm_head(hidden).flatten(0, -2)
-                    targets = segment.targets[:, window].flatten()
-                    total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+                    targets = segment.targets[:, window]
+                    ids = segment.input_ids[:, window]
+                    hidden, shares, state = model.read_windows(ids, targets, starts, state)
+                    own = model.lm_head(hidden).softmax(dim=-1).gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+                    log_model, pointed = (own.new_zeros(()),) * 2 if shares is None else shares
+                    nats_each = -(log_model.exp() * own + pointed).log()
+                    total = total + nats_each[targets != IGNORE_INDEX].sum()
                 states[index] = state
                 scored += int((segment.targets != IGNORE_INDEX).sum())
             (total / scored / args.accumulate).backward()

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     """Score documents and print a table."""
     if not is_main():
         return  # one process evaluates
-    from ..evaluation.report import format_table
+    from ..evaluation.report import format_table, horizon_table
     from ..evaluation.scoring import evaluate_model
 
     if args.json:
@@ -32,3 +32,5 @@ def run(args: argparse.Namespace) -> None:
         atomic_write_text(args.json, json.dumps(scored, indent=1) + "\n")
     print(scored["split_rule"] or f"{len(scored['tokens_by_document'])} documents of {args.data}", file=sys.stderr)
     print(format_table(scored["rows"]))
+    if "horizons" in scored:
+        print("", horizon_table(scored["horizons"]), sep="\n")

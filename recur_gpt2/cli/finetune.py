@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, TrainingArguments, leave_out=FIXED, unset=CHOSEN)
     for slots in SLOTS:
         add(f"--{slots.replace('_', '-')}", type=int, help="of the memory, a layer (default: the preset's)")
+    add(
+        "--pointer-slots", type=int, help="positions of the document that the head may point at (default: the preset's)"
+    )
     add("--insert-layers", type=int, nargs="+", help="layers that attend to memory (default: the preset's)")
     add("--attention", default="softmax", choices=["softmax", "t2r"], help="t2r: linear attention (default: softmax)")
     add_linear_arguments(parser, "--t2r-layers")
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace, name: str | None = None) -> None:
 
 def _model_options(args):
     """Fields of RecurGPT2Config that the flags give."""
-    options = {key: getattr(args, key) for key in (*SLOTS, "insert_layers")}
+    options = {key: getattr(args, key) for key in (*SLOTS, "pointer_slots", "insert_layers")}
     options = {key: value for key, value in options.items() if value is not None}
     linear, default = asdict(settings_of(LinearAttentionOptions, args)), asdict(LinearAttentionOptions())
     if args.attention == "t2r":

@@ -40,6 +40,8 @@ class ComparisonArguments:
     """Finetune and score the disjoint control too."""
     rows: list[str] | None = None
     """Rows to score, of the comparison; None: all."""
+    horizons: list[int] | None = None
+    """Score the recurrent model with states of so many last windows alone, too: 0 1 2 4 8 16; None: do not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: a GPU if there is one."""
     resume: bool = False
@@ -51,6 +53,7 @@ class ComparisonArguments:
         if unknown:
             raise InputError(f"row {unknown[0]!r} is not known; use some of {', '.join(ROWS)}")
         check_range(2, eval_tokens=self.eval_tokens or None)
+        check_horizons(self.horizons)
 
 
 @dataclass
@@ -69,6 +72,8 @@ class EvaluationArguments:
     """For a GPT-2: score it with this recurrence, untrained."""
     protocols: list[str] | None = None
     """Of disjoint, overlap, recurrent, recurrent+overlap, zeroed and shuffled; None: all that are possible."""
+    horizons: list[int] | None = None
+    """Score with states of so many last windows alone, too, beside the whole document's: 0 1 2 4 8 16; None: do not."""
     stride: int | None = None
     """Tokens from one window to the next in the protocol overlap, 1 to a window; None: half a window."""
     word_count: int | None = None
@@ -88,3 +93,11 @@ class EvaluationArguments:
         counts = ("lanes", "parallel_windows", "word_count", "stride")
         check_range(1, **{name: getattr(self, name) for name in counts})
         check_range(2, eval_tokens=self.eval_tokens or None)
+        check_horizons(self.horizons)
+
+
+def check_horizons(horizons: list[int] | None) -> None:
+    """Refuse horizons below 0, and an empty list of them."""
+    if horizons is not None and not horizons:
+        raise InputError("horizons is empty; name some, such as 0 1 2 4 8 16, or leave it out")
+    check_range(0, **{f"horizons[{number}]": horizon for number, horizon in enumerate(horizons or ())})

@@ -37,6 +37,7 @@ from ..utils.device import checked_device
 from ..utils.files import atomic_write_text, clear_unfinished, settings_file
 from .arguments import PARALLEL_WINDOWS, ComparisonArguments
 from .evaluate import Evaluation, evaluate, gap_covered_interval
+from .horizons import measure_horizons
 from .protocols import ROWS, obstacle
 from .report import gap_covered, write_report
 from .scoring import by_document, evaluation_documents
@@ -76,7 +77,10 @@ def run_comparison(args: ComparisonArguments) -> dict | None:
     processes.leave()
     if not processes.is_main:
         return None
-    results = _results(args, _evaluate_all(args, documents, tokenizer), training, processes)
+    evaluations = _evaluate_all(args, documents, tokenizer)
+    results = _results(args, evaluations, training, processes)
+    if args.horizons:
+        results["horizons"] = _horizons(args, documents, evaluations["recurrent"])
     write_report(results, args.output_dir)
     return results
 
@@ -106,6 +110,9 @@ def _check_model(args):
 
 def _check_rows(args, recurrent, documents):
     """Refuse rows that were asked for and cannot be had."""
+    if args.horizons and not (recurrent and (args.rows is None or "recurrent" in args.rows)):
+        way_out = "add it to --rows" if recurrent else "give a recurrence"
+        raise InputError(f"horizons={args.horizons} need the row 'recurrent' beside them; {way_out}")
     for row in args.rows or ():
         if ROWS[row].model == "finetuned" and not args.control:
             raise InputError(f"row {row!r} is of the finetuned GPT-2, which --no-control leaves out; leave out one")
@@ -205,17 +212,24 @@ def _evaluate_rows(args, name, rows, documents, tokenizer):
     model = load_any(_saved(args, FINETUNED[name])) if name in FINETUNED else _load_plain(args)
     model.to(args.device)
     return {
-        row: evaluate(
-            model,
-            documents,
-            tokenizer,
-            protocol=ROWS[row].protocol.name,
-            lanes=args.training.lanes,
-            parallel_windows=min(PARALLEL_WINDOWS, args.training.block),  # no more than finetuning had room for
-            dtype=torch.bfloat16 if args.training.precision == "bfloat16" else None,
-            progress=True,
-        )
-        for row in rows
+        row: evaluate(model, documents, tokenizer, protocol=ROWS[row].protocol.name, **_reading(args)) for row in rows
+    }
+
+
+@_alone
+def _horizons(args, documents, whole):
+    """The rows of the recurrent model's horizons."""
+    model = load_any(_saved(args, "recurrent")).to(args.device)
+    return measure_horizons(model, documents, whole, args.horizons, **_reading(args)).rows()
+
+
+def _reading(args):
+    """How documents are read to be scored."""
+    return {
+        "lanes": args.training.lanes,
+        "parallel_windows": min(PARALLEL_WINDOWS, args.training.block),  # no more than finetuning had room for
+        "dtype": torch.bfloat16 if args.training.precision == "bfloat16" else None,
+        "progress": True,
     }
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from ..utils.files import atomic_path, name_of
+from .horizons import WHOLE
 from .protocols import ROWS
 
 DPI = 150
@@ -128,6 +129,29 @@ def plot_training(results, path):
     axes.set_xlabel("training tokens seen")
     axes.set_ylabel("training loss (nats per token)")
     finish(figure, f"Training loss, {setting_line(results)}", path, drawn=bool(ends))
+
+
+def plot_horizons(results, path):
+    """What a state of the last h windows alone costs, against the whole document's, with intervals over documents."""
+    rows = [row for row in results.get("horizons", ()) if row["horizon"] != WHOLE]
+    figure, (axes,) = new_figure(height=4.5)
+    places = range(len(rows))
+    behind = [row["behind_whole"] for row in rows]
+    spread = [
+        [value - row["behind_whole_interval"][0], row["behind_whole_interval"][1] - value]
+        for value, row in zip(behind, rows, strict=True)
+    ]
+    style = ROW_STYLES["recurrent"]
+    axes.errorbar(
+        places, behind, np.abs(np.transpose(spread)) if rows else None, fmt="-o", color=style.color, capsize=3
+    )
+    for place, value in zip(places, behind, strict=True):
+        axes.annotate(f"{value:.3f}", (place, value), (8, 4), textcoords="offset points")
+    axes.set_xticks(places, [row["horizon"] for row in rows])
+    axes.axhline(0, color="0.5", linewidth=1)
+    axes.set_xlabel("windows that the state is built from; lines: 95% interval over documents")
+    axes.set_ylabel("nats a token behind the\nstate of the whole document")
+    finish(figure, f"How far back the memory reaches, {setting_line(results)}", path, drawn=bool(rows))
 
 
 def running_mean(values, *, reach):

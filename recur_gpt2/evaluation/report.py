@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from ..utils.files import atomic_write_text
-from .plots import plot_loss_by_position, plot_protocols, plot_training, setting_line
+from .horizons import WHOLE
+from .plots import plot_horizons, plot_loss_by_position, plot_protocols, plot_training, setting_line
 from .protocols import ROWS
 
 MISSING = "-"
@@ -22,6 +23,7 @@ PICTURES = {
     "protocols.png": (plot_protocols, "Token perplexity by row"),
     "loss_by_position.png": (plot_loss_by_position, "Loss by position in the window"),
     "training.png": (plot_training, "Training loss"),
+    "horizons.png": (plot_horizons, "Loss by the windows that a state is built from"),
 }
 
 
@@ -30,9 +32,14 @@ def write_report(results, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    for name, (plot, _) in PICTURES.items():
+    for name, (plot, _) in pictures(results).items():
         plot(results, folder / name)
     atomic_write_text(folder / "report.md", markdown_report(results))
+
+
+def pictures(results):
+    """Those that there is something to draw in."""
+    return PICTURES if results.get("horizons") else {n: each for n, each in PICTURES.items() if n != "horizons.png"}
 
 
 def cell(key, form, *, unit=1):
@@ -87,7 +94,12 @@ def markdown_report(results):
         "## Results",
         markdown_table(results["rows"]),
         INTERVAL_NOTE,
-        *(f"![{shown}]({name})" for name, (_, shown) in PICTURES.items()),
+        *(
+            ["## How far back the memory reaches", horizon_table(results["horizons"])]
+            if results.get("horizons")
+            else []
+        ),
+        *(f"![{shown}]({name})" for name, (_, shown) in pictures(results).items()),
         "## Settings",
         bullets(settings),
         "## Versions",
@@ -101,6 +113,19 @@ def markdown_report(results):
 def markdown_table(rows):
     """The rows as in `format_table`, with what each one is in front."""
     return pipe_table({"row": row_label} | COLUMNS, rows, numbers=len(NUMBERS))
+
+
+HORIZON_COLUMNS = {
+    "state of the last": lambda row: "whole document" if row["horizon"] == WHOLE else f"{row['horizon']} windows",
+    "nats/token": cell("nats", ".4f"),
+    "behind the whole document's": cell("behind_whole", ".4f"),
+    "95% interval": lambda row: "{:.4f} to {:.4f}".format(*row["behind_whole_interval"]),
+}
+
+
+def horizon_table(rows):
+    """Horizons as a Markdown table."""
+    return pipe_table(HORIZON_COLUMNS, rows, numbers=3)
 
 
 def pipe_table(columns, rows, *, numbers=0):

@@ -14,6 +14,7 @@ from ..training.precision import autocast_dtype
 from ..utils.device import checked_device
 from .arguments import EvaluationArguments
 from .evaluate import Evaluation, evaluate
+from .horizons import measure_horizons
 from .protocols import PROTOCOLS, obstacle
 
 
@@ -21,8 +22,8 @@ def evaluate_model(args: EvaluationArguments) -> dict:
     """Score documents with one model, by each protocol named.
 
     Returns:
-        {"rows", "loss_by_document", "tokens_by_document"} as in results.json, and "split_rule", how the split was made
-        where the data came without.
+        {"rows", "loss_by_document", "tokens_by_document"} as in results.json, "split_rule", how the split was made
+        where the data came without, and, if asked for, "horizons".
 
     Raises:
         InputError: bad input of any kind.
@@ -44,12 +45,25 @@ def evaluate_model(args: EvaluationArguments) -> dict:
     dtype = autocast_dtype(model, args.precision, training=False)
     options = {"stride": args.stride, "lanes": args.lanes, "parallel_windows": args.parallel_windows}
     options |= {"dtype": dtype, "progress": True}
+    _check_horizons(args, possible)
     evaluations = {
         name: evaluate(model, documents, tokenizer, protocol=name, **options) for name in args.protocols or possible
     }
+    del options["stride"]
+    horizons = (
+        args.horizons and measure_horizons(model, documents, evaluations["recurrent"], args.horizons, **options).rows()
+    )
     window, words = model.config.window, args.word_count
     rows = [each.row(name, PROTOCOLS[name].reported, window, words) for name, each in evaluations.items()]
-    return {"rows": rows, **by_document(evaluations), "split_rule": corpus.split_rule}
+    found = {"rows": rows, **by_document(evaluations), "split_rule": corpus.split_rule}
+    return found | ({"horizons": horizons} if horizons else {})
+
+
+def _check_horizons(args, possible):
+    """Refuse horizons where the whole document's state is not scored."""
+    if args.horizons and "recurrent" not in (args.protocols or possible):
+        way_out = "add it to --protocols" if "recurrent" in possible else "give a model that has a recurrence"
+        raise InputError(f"horizons={args.horizons} need the protocol recurrent beside them; {way_out}")
 
 
 def by_document(evaluations: Mapping[str, Evaluation]) -> dict:

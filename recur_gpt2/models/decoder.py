@@ -140,7 +140,12 @@ class Decoder:
 
     def _buffers(self):
         """All that is kept, rows first."""
-        return [*(each for layer in self.layers for each in layer.buffers), self.sums, self.positions, *self.memory.values()]
+        return [
+            *(each for layer in self.layers for each in layer.buffers),
+            self.sums,
+            self.positions,
+            *self.memory.values(),
+        ]
 
     def _position_ids(self, positions):
         """(B, 1) position ids, or (1, 1) where all rows are alike."""

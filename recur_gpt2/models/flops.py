@@ -23,7 +23,9 @@ def flops_per_token(config: RecurGPT2Config, *, memory: bool = True, training: b
     """
     forward = config.plain_flops
     if config.pointer_slots:  # a window keys its positions, and asks, in any case
-        forward += config.pointer_flops if memory else config.pointer_flops - 2 * config.pointer_width * config.pointer_slots
+        forward += (
+            config.pointer_flops if memory else config.pointer_flops - 2 * config.pointer_width * config.pointer_slots
+        )
     for layer in range(config.n_layer):
         linear = layer in config.linear_layers
         if layer in config.insert_layers:

@@ -220,7 +220,7 @@ class RecurGeneration(GenerationMixin):
         return torch.cat(found, dim=1)[:, order], state
 
     def _predicted(self, hidden, sources, pointed, before):
-        """Logits (B, K, V) at positions (B, K) of hidden states (B, N, D); where it is -1, `before` (B, 1, V) or zeros."""
+        """Logits (B, K, V) at positions (B, K) of hidden states (B, N, D); at -1 `before` (B, 1, V), or zeros."""
         first = torch.arange(len(sources))[:, None] * hidden.shape[1]
         logits = self._logits(hidden, first + sources.clamp_min(0), pointed)
         nowhere = (sources < 0).to(logits.device)[..., None]

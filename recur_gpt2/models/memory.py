@@ -1,8 +1,9 @@
 """The recurrence: what one window leaves for the next.
 
-Two forms of memory for layers, and PointerMemory (pointer.py) for the head. `LayerMemory` (the default) makes a layer's memory from that same layer's keys and values in the window
-before, so windows need not wait for each other. `PooledMemory` (Yoshida et al. 2020) pools the hidden states of
-higher layers into an embedding that a lower layer attends to, so they must.
+Layers have one of two forms, beside PointerMemory (pointer.py), which is for the head. `LayerMemory` (the default)
+makes a layer's memory from that same layer's keys and values in the window before, so windows need not wait for each
+other. `PooledMemory` (Yoshida et al. 2020) pools the hidden states of higher layers into an embedding that a lower
+layer attends to, so they must.
 
 Each form has `write` (a window -> raw memory, which the state carries) and `read` (raw memory -> what the next window
 attends to). Whatever is learned per slot is applied on reading: it gets its gradient even when each window is its own

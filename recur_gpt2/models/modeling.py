@@ -433,8 +433,8 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
             targets: (B, W, T) int64, the tokens that follow; -100 where nothing is scored.
 
         Returns:
-            Hidden states (B, W, T, D); shares of the mixture, (B, W, T) each, None for a model that has no pointers; and
-            the state after the last window.
+            Hidden states (B, W, T, D); shares of the mixture, (B, W, T) each, None for a model that has no pointers;
+            and the state after the last window.
         """
         pointed: list[Pointed] = []
         hidden, state = self.transformer.forward_windows(input_ids, starts, state, call_layer, pointed)

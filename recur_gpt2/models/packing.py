@@ -50,8 +50,8 @@ class Packing:
         return taken * inside.to(device).view(*inside.shape, *[1] * (taken.ndim - 2))
 
     def places(self, rows: Tensor, starts: Tensor, ends: Tensor, count: int) -> Tensor:
-        """(R, count) int64 on the CPU, where the tokens of `rows` (R,) from `starts` (R,) on stand in the batch as it was
-        given, all rows counted through; -1 from `ends` (R,) on."""
+        """(R, count) int64 on the CPU, where the tokens of `rows` (R,) from `starts` (R,) on stand in the batch as it
+        was given, all rows counted through; -1 from `ends` (R,) on."""
         positions = starts[:, None] + torch.arange(count)
         inside, row, length = positions < ends[:, None], rows[:, None], self.tokens.shape[1]
         positions = positions.clamp_max(length - 1)

@@ -71,7 +71,7 @@ class PointerMemory(nn.Module):
 
     @staticmethod
     def pairs(positions: Tensor) -> Tensor:
-        """(..., T, w + 1) of a window -> the slots that it leaves, (..., T - 1, w + 1): each key with the next token."""
+        """(..., T, w + 1) of a window -> slots (..., T - 1, w + 1): each key with the next token."""
         return torch.cat((positions[..., :-1, :-1], positions[..., 1:, -1:]), dim=-1)
 
     def written(self, before: Tensor, positions: Tensor) -> Tensor:
@@ -84,23 +84,18 @@ class PointerMemory(nn.Module):
         Args:
             hidden: (..., D), outputs of the final layer norm.
             targets: (...) int64.
-            pointed: what the positions, flattened, may point at; all of it goes to the model where there is nothing.
+            pointed: what the positions, flattened, may point at; where there is nothing the model has all.
         """
         flat, wanted = hidden.flatten(0, -2), targets.flatten()
         shares = [widen(flat).new_zeros(len(flat)) for _ in range(2)]
-        if pointed:
-            parts = []
-            for each in pointed:
-                index = each.positions.to(flat.device).clamp_min(0)
-                asked = wanted[index].where(each.positions.to(flat.device) >= 0, IGNORE_INDEX)
-                query, sentinel, ceiling = self._asked(flat[index])
-                parts.append(pointer_shares(query, sentinel, each.slots, asked, ceiling))
-            index = torch.cat([each.positions.flatten() for each in pointed]).to(flat.device)
-            inside = index >= 0
-            shares = [
-                share.index_copy(0, index[inside], torch.cat([part.flatten() for part in some])[inside])
-                for share, some in zip(shares, zip(*parts, strict=True), strict=True)
-            ]
+        for each in pointed:
+            positions = each.positions.to(flat.device)
+            inside, index = positions >= 0, positions.clamp_min(0)
+            query, sentinel, ceiling = self._asked(flat[index])
+            asked = wanted[index].where(inside, IGNORE_INDEX)
+            found = pointer_shares(query, sentinel, each.slots, asked, ceiling)
+            pairs = zip(shares, found, strict=True)
+            shares = [share.index_copy(0, positions[inside], part[inside]) for share, part in pairs]
         return tuple(share.view(targets.shape) for share in shares)
 
     def logits(self, logits: Tensor, hidden: Tensor, slots: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ NOTHING = -1e30  # an exponent whose power is zero
 def pointer_shares(
     query: Tensor, sentinel: Tensor, slots: Tensor, targets: Tensor, ceiling: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the mixture gives to the model and, by pointing, to each position's target. Differentiable in all but targets.
+    """What the mixture gives to the model and, by pointing, to each position's target.
 
-    The scores are made once more in the backward pass: all of them would outweigh everything else.
+    Differentiable in all but targets. The scores are made once more in the backward pass: all of them would outweigh
+    everything else.
 
     Args:
         query: (R, n, w).
@@ -106,7 +107,9 @@ def _scores(query, slots, targets, ceiling):
         keys = _keys(own, ceiling)
         tokens, order = own[:, -1].long().sub(1).sort()
         for positions in _chunks(query[row], own):
-            exponentials = torch.mm(extended[row, positions], keys, out=buffer[: positions.stop - positions.start]).exp_()
+            exponentials = torch.mm(
+                extended[row, positions], keys, out=buffer[: positions.stop - positions.start]
+            ).exp_()
             yield (row, positions), exponentials, _matches(tokens, order, wanted[positions]), keys
 
 
@@ -132,7 +135,7 @@ def _step(slots):
 
 
 def _keys(slots, ceiling):
-    """(S, w + 1) slots -> (w + 1, S): keys, and below them what makes a score's exponential, or nothing of an empty one."""
+    """(S, w + 1) slots -> (w + 1, S): keys, and below them what is added to scores: it makes nothing of empty slots."""
     below = torch.where(slots[:, -1] > 0, -ceiling, NOTHING)
     return torch.cat((slots[:, :-1].T, below[None]))
 

@@ -31,9 +31,7 @@ NOTED = 2
 class Block(Protocol):
     """Some windows: two pure functions of what they are given, of the parameters and of random numbers."""
 
-    def read(
-        self, state: RecurState, call_layer: CallLayer | None = None
-    ) -> tuple[tuple[Tensor, ...], RecurState]:
+    def read(self, state: RecurState, call_layer: CallLayer | None = None) -> tuple[tuple[Tensor, ...], RecurState]:
         """The state before -> what the loss is made from, and the state after. Layers are called through `call_layer`,
         if given."""
 

@@ -55,9 +55,7 @@ class _Block:
     starts: Tensor
     sparse: bool = False
 
-    def read(
-        self, state: RecurState, call_layer: CallLayer | None = None
-    ) -> tuple[tuple[Tensor, ...], RecurState]:
+    def read(self, state: RecurState, call_layer: CallLayer | None = None) -> tuple[tuple[Tensor, ...], RecurState]:
         """-> hidden states and, if the head has a mixture, its shares; and the state after."""
         embedding = self.model.get_input_embeddings()
         before, embedding.sparse = embedding.sparse, self.sparse

@@ -133,7 +133,7 @@ MINI = {"n_layer": 6, "n_embd": 256, "n_head": 4, "vocab_size": 8192, "n_positio
 
 
 def cost(config):
-    """Of all memory, as a part of a window without it; but for writing pooled slots, which is counted with the window."""
+    """Of all memory but for writing pooled slots, as a part of a window without it."""
     without = RecurGPT2Config(**config.to_dict() | {"pointer_slots": 0})
     writing = flops_per_token(without, memory=False) - config.plain_flops
     return (flops_per_token(config) - writing) / config.plain_flops - 1

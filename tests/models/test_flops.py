@@ -74,7 +74,7 @@ def read_window(model, state):
     """One full window, with the memory of the one before if there is one, and its logits. -> logits, next state"""
     ids = torch.randint(1, model.config.vocab_size, (2, 1, model.config.window))
     starts = torch.full((2, 1), state is None)
-    hidden, shares, state = model.read_windows(ids, ids, starts, state)
+    hidden, _, state = model.read_windows(ids, ids, starts, state)
     return model.lm_head(hidden), state
 
 

@@ -329,7 +329,7 @@ def test_a_state_goes_on_while_its_model_is_being_trained(make_model):
 
 @pytest.mark.parametrize("form", ["carried, default", "near, default", "yoshida2020", "hedgehog, yoshida2020"])
 def test_each_part_of_a_state_keeps_its_type_in_a_model_of_any(form, make_model, tmp_path):
-    """Sums and what is pointed at are never in 16 bit; keys and values are in the model's type, whichever type they come in."""
+    """Sums and what is pointed at are never in 16 bit; keys and values are in the model's type, from whichever type."""
     ids, models = random_ids(2, 2 * WINDOW + 3), {}
     for dtype in (torch.float32, torch.bfloat16):
         models[dtype] = copy.deepcopy(make_model(form)).to(dtype)

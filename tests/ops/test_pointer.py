@@ -67,7 +67,8 @@ def test_empty_slots_leave_the_logits_as_they_are():
     logits = torch.randn(ROWS, POSITIONS, VOCABULARY, dtype=torch.float64)
     assert torch.equal(pointer_logits(logits, query, sentinel, 0 * slots, CEILING), logits)
     log_model, copied = pointer_shares(query, sentinel, 0 * slots, targets, CEILING)
-    assert not log_model.any() and not copied.any()
+    assert not log_model.any()
+    assert not copied.any()
 
 
 def test_scores_far_apart_are_finite():

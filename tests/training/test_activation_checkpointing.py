@@ -99,7 +99,7 @@ def test_under_autocast_products_run_again_as_they_did(outside):
     shared = [name for name, _ in model.named_parameters()].index("transformer.wte.weight")
     assert_close(found[0][1].pop(shared), found[1][1].pop(shared))
     assert_close(*found, rtol=0, atol=0)
-    assert {tensor.dtype for tensor in found[1][2].values()} == {torch.bfloat16}
+    assert {tensor.dtype for name, tensor in found[1][2].items() if name != "pointer"} == {torch.bfloat16}
 
 
 def test_what_takes_no_part_gets_no_gradient_and_what_is_frozen_is_left_alone():

@@ -39,7 +39,7 @@ def test_what_is_measured_is_forward_and_backward_in_that_type(dtype, monkeypatc
     model = tiny_model()
     seen = []
 
-    def watched(hidden, weight, targets):
+    def watched(hidden, weight, targets, shares):
         enabled = torch.is_autocast_enabled("cpu")
         seen.append((enabled, torch.get_autocast_dtype("cpu") if enabled else None))
         loss = hidden.float().sum()
