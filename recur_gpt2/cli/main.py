@@ -1,4 +1,4 @@
-"""The command line: `recur-gpt2 finetune | evaluate | convert | embed | search | generate | recommend | sweep`.
+"""The command line, `recur-gpt2 COMMAND`.
 
 One file a command, with `add_arguments(parser)` and `run(args)`, which imports what is large when it is called. Bad
 input ends in one sentence and exit status 2, Ctrl-C in status 130, output that nobody reads any more in status 141.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 
-from . import convert, embed, evaluate, finetune, generate, recommend, search, sweep
+from . import analyze, convert, embed, evaluate, finetune, generate, recommend, search, sweep
 from .process import guarded
 
 COMMANDS = {
     "finetune": (finetune, "finetune a GPT-2 with recurrence on documents and compare it"),
     "evaluate": (evaluate, "score documents with a model, by any protocol"),
+    "analyze": (analyze, "a page that shows what the memory carries of a text"),
     "convert": (convert, "give layers of a model linear attention (T2R)"),
     "embed": (embed, "write a vector for each document to a Parquet file"),
     "search": (search, "find the documents that are nearest to a text"),

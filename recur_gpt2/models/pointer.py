@@ -103,6 +103,13 @@ class PointerMemory(nn.Module):
         query, sentinel, ceiling = self._asked(hidden)
         return pointer_logits(logits, query, sentinel, slots, ceiling.detach())
 
+    def weights(self, hidden: Tensor, slots: Tensor) -> Tensor:
+        """(R, n, D), (R, S, w + 1) -> the model's share and, behind it, each slot's, (R, n, 1 + S)."""
+        query, sentinel, _ = self._asked(hidden)
+        scores = torch.cat((sentinel[..., None], query @ slots[..., :-1].mT), dim=-1)
+        empty = nn.functional.pad(slots[..., -1] == 0, (1, 0))
+        return scores.masked_fill(empty[:, None], -torch.inf).softmax(dim=-1)
+
     def _asked(self, hidden):
         """(..., D) -> queries (..., w), the sentinel's scores (...), and () what no score exceeds."""
         with in_full(hidden.device):
