@@ -10,7 +10,7 @@ D model width, T window, M memory slots, L layers, V vocabulary, P windows at on
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -23,6 +23,7 @@ from ..models.modeling import RecurGPT2LMHeadModel
 from ..ops import hybrid
 from ..ops.cross_entropy import CASTS, VOCABULARY_ROWS, cpu_chunk_rows
 from ..ops.linear import CHUNK
+from ..ops.pointer import CPU_SCORES
 from ..ops.softmax import LONGEST_PRODUCTS, queries_in_products
 from ..training.activation_checkpointing import KEPT, NOTED
 from .tasks import TASKS
@@ -129,7 +130,7 @@ def _training(config, work):
     tokens = work.lanes * config.window * work.windows
     saved = tokens * sum(_saved(config, layer, work.width) for layer in range(config.n_layer))
     saved += tokens * _near_products(config, work.width)
-    state = _state(config, work) * work.windows
+    state = _state(config, work) * work.windows + _pointing(config, work, with_gradients=True)
     logits = _loss(config, work, tokens, with_gradients=True)
     casts = _casts(config, work)
     if work.accumulate > 1:  # gradients of the segments before are there when everything of one is saved
@@ -146,7 +147,9 @@ def _recomputed(config, work, weights):
     either the loss of a window, or one layer's activations, with their gradients and its weights in 16 bit."""
     tokens, layers = work.lanes * config.window, range(config.n_layer)
     noted = min(NOTED, work.windows)
-    state = _state(config, work) * (min(KEPT, work.windows) + 2 + noted)
+    pointer = _pointer_slots(config, work)
+    state = (_state(config, work) + pointer) * (min(KEPT, work.windows) + 2 + noted)
+    state += _pointing(config, replace(work, windows=1), with_gradients=True) - pointer
     state += tokens * config.n_layer * config.n_embd * FLOAT * noted
     layer = tokens * max(_saved(config, each, work.width) + _returning(config, each, work.width) for each in layers)
     logits, casts = _loss(config, work, tokens, with_gradients=True), _casts(config, work) // config.n_layer
@@ -161,6 +164,7 @@ def _reading(config, work):
     """What is passed on to the loss, or the layer at hand, whichever is more; in generating, or then the buffers."""
     weights, tokens = FLOAT * parameter_count(config), work.lanes * config.window * work.windows
     state, casts, moments = 2 * _state(config, work), _casts(config, work), []
+    state += _pointing(config, work, with_gradients=False)
     if work.task == "generate":  # the weights themselves are in 16 bit, if so, after they were loaded
         moments.append(_without_gradients(weights, 0, buffers=weights // FLOAT * work.width if casts else 0))
         weights, casts = weights // FLOAT * work.width, 0
@@ -171,7 +175,7 @@ def _reading(config, work):
         moments.append(_without_gradients(weights, casts, state=state, logits=logits))
     if work.task == "generate":
         buffers = sum(_places(config, layer, work) for layer in range(config.n_layer))
-        logits = 2 * FLOAT * work.lanes * config.vocab_size
+        logits = 2 * FLOAT * work.lanes * config.vocab_size * (2 if config.pointer_slots else 1)
         moments.append(_without_gradients(weights, casts, state=state, logits=logits, buffers=buffers))
     return max(moments, key=lambda use: use.total)
 
@@ -205,6 +209,22 @@ def _state(config, work):
     slots = config.last_slots + config.pooled_slots
     sums = len(config.linear_layers) * (config.feature_size * config.n_embd) if config.carry_linear_state else 0
     return work.lanes * (2 * work.width * len(config.insert_layers) * config.n_embd * slots + FLOAT * sums)
+
+
+def _pointer_slots(config, work):
+    """Of all lanes, which are carried and never in 16 bit."""
+    return FLOAT * work.lanes * config.pointer_slots * (config.pointer_width + 1)
+
+
+def _pointing(config, work, *, with_gradients):
+    """Slots before a block and with its own behind them, its queries, and the scores at hand; with gradients those of
+    slots, once for all windows and once for one of them."""
+    if not config.pointer_slots:
+        return 0
+    slots, tokens = _pointer_slots(config, work), work.lanes * work.windows * config.window
+    own = FLOAT * tokens * (config.pointer_width + 1)
+    at_hand = 2 * FLOAT * max(CPU_SCORES, config.pointer_slots)
+    return (4 if with_gradients else 2) * slots + (8 if with_gradients else 3) * own + at_hand
 
 
 def _places(config, layer, work):

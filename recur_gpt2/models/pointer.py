@@ -88,12 +88,12 @@ class PointerMemory(nn.Module):
         """
         flat, wanted = hidden.flatten(0, -2), targets.flatten()
         shares = [widen(flat).new_zeros(len(flat)) for _ in range(2)]
+        query, sentinel, ceiling = self._asked(flat) if pointed else (None,) * 3
         for each in pointed:
             positions = each.positions.to(flat.device)
             inside, index = positions >= 0, positions.clamp_min(0)
-            query, sentinel, ceiling = self._asked(flat[index])
             asked = wanted[index].where(inside, IGNORE_INDEX)
-            found = pointer_shares(query, sentinel, each.slots, asked, ceiling)
+            found = pointer_shares(query[index], sentinel[index], each.slots, asked, ceiling)
             pairs = zip(shares, found, strict=True)
             shares = [share.index_copy(0, positions[inside], part[inside]) for share, part in pairs]
         return tuple(share.view(targets.shape) for share in shares)

@@ -46,23 +46,27 @@ def pointer_logits(logits: Tensor, query: Tensor, sentinel: Tensor, slots: Tenso
 
     Where all of a row's slots are empty nothing changes. The other arguments are those of `pointer_shares`.
     """
-    each = zip(logits, query, sentinel, slots, strict=True)
-    return torch.stack([torch.cat(list(_mixed(*parts, ceiling))) for parts in each])
+    keys, tokens = _keys(slots, ceiling), slots[..., -1].long().sub(1).clamp_min(0)
+    size, rows = query.shape[1], len(slots)
+    parts = [
+        _mixed(*(each[:, some] for each in (logits, query, sentinel)), keys, tokens, ceiling)
+        for some in _chunks(size, slots, rows)
+    ]
+    return torch.cat(parts, dim=1)
 
 
-def _mixed(logits, query, sentinel, slots, ceiling):
-    """(n, V), (n, w), (n,), (S, w + 1) -> some of (n, V) at a time"""
-    keys, tokens = _keys(slots, ceiling), slots[:, -1].long().sub(1).clamp_min(0)
-    for rows in _chunks(query, slots):
-        exponentials, own = (_with_one(query[rows]) @ keys).exp(), sentinel[rows]
-        log_model = _log_model(own, exponentials.sum(dim=-1), ceiling)
-        wide = widen(logits[rows])
-        copied = exponentials.new_zeros(wide.shape).scatter_add(1, tokens.expand_as(exponentials), exponentials)
-        # A share is its exponential, times that of the model's share, over the sentinel's exponential.
-        factor = (wide.logsumexp(dim=-1) + log_model - own + ceiling)[:, None]
-        # Not zero, whose logarithm has no gradient.
-        log_copied = copied.clamp_min(torch.finfo(copied.dtype).tiny).log()
-        yield torch.logaddexp(wide + log_model[:, None], log_copied + factor).to(logits.dtype)
+def _mixed(logits, query, sentinel, keys, tokens, ceiling):
+    """Logits (R, p, V) of some positions -> the mixture's; keys (R, w + 1, S), tokens (R, S)."""
+    exponentials = (_with_one(query) @ keys).exp()
+    log_model = _log_model(sentinel, exponentials.sum(dim=-1), ceiling)
+    copied = exponentials.new_zeros(logits.shape)
+    copied = copied.scatter_add(2, tokens[:, None].expand_as(exponentials), exponentials)
+    wide = widen(logits)
+    # A share is its exponential, times that of the model's share, over the sentinel's exponential.
+    factor = (wide.logsumexp(dim=-1) + log_model - sentinel + ceiling)[..., None]
+    # Not zero, whose logarithm has no gradient.
+    log_copied = copied.clamp_min(torch.finfo(copied.dtype).tiny).log()
+    return torch.logaddexp(wide + log_model[..., None], log_copied + factor).to(logits.dtype)
 
 
 class _Shares(torch.autograd.Function):
@@ -106,7 +110,7 @@ def _scores(query, slots, targets, ceiling):
     for row, (own, wanted) in enumerate(zip(slots, targets, strict=True)):
         keys = _keys(own, ceiling)
         tokens, order = own[:, -1].long().sub(1).sort()
-        for positions in _chunks(query[row], own):
+        for positions in _chunks(query.shape[1], own):
             exponentials = torch.mm(
                 extended[row, positions], keys, out=buffer[: positions.stop - positions.start]
             ).exp_()
@@ -123,21 +127,22 @@ def _matches(tokens, order, targets):
     return positions, order[first[positions] + inside]
 
 
-def _chunks(query, slots):
-    """Slices of a row's positions whose scores exist at a time."""
-    step = _step(slots)
-    return [slice(start, min(start + step, len(query))) for start in range(0, len(query), step)]
+def _chunks(positions, slots, rows=1):
+    """Slices of so many positions whose scores, in so many rows, exist at a time."""
+    step = max(1, _step(slots) // rows)
+    return [slice(start, min(start + step, positions)) for start in range(0, positions, step)]
 
 
 def _step(slots):
-    """Positions whose scores against slots (..., S, w + 1) are made at a time."""
+    """Positions of one row whose scores against slots (..., S, w + 1) are made at a time."""
     return max(1, (GPU_SCORES if slots.is_cuda else CPU_SCORES) // max(1, slots.shape[-2]))
 
 
 def _keys(slots, ceiling):
-    """(S, w + 1) slots -> (w + 1, S): keys, and below them what is added to scores: it makes nothing of empty slots."""
-    below = torch.where(slots[:, -1] > 0, -ceiling, NOTHING)
-    return torch.cat((slots[:, :-1].T, below[None]))
+    """Slots (..., S, w + 1) -> (..., w + 1, S): keys, and below them what is added to scores, which makes nothing of
+    empty slots."""
+    below = torch.where(slots[..., -1] > 0, -ceiling, NOTHING)
+    return torch.cat((slots[..., :-1].mT, below[..., None, :]), dim=-2)
 
 
 def _with_one(query):

@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -170,3 +173,34 @@ def test_generation_ends_in_one_json_object():
 def test_contradictions_are_refused_with_the_way_out(script):
     done = bench(script, "--model", "data/gpt2-mini", status=2)
     assert "add --model gpt2" in done.stderr
+
+
+@pytest.mark.slow
+def test_pairs_are_recalled_sixteen_windows_later_by_pointing_and_not_by_last_positions():
+    from recall_task import RecallTask, recall_model, recalled
+
+    from recur_gpt2.training.arguments import TrainingArguments
+    from recur_gpt2.training.trainer import Trainer
+
+    found, task = {}, RecallTask(window=16)
+    settings = {"steps": 600, "lanes": 16, "bptt": 8, "lr": 2e-3, "recurrence_lr": 5e-3, "precision": "float32"}
+    for slots in (0, 512):
+        model = recall_model(16, last_slots=8, pointer_slots=slots)
+        with TemporaryDirectory() as folder:
+            Trainer(model, task, TrainingArguments(**settings, save_every=600), Path(folder)).run()
+        found[slots] = recalled(model, task, 16)
+    assert min(found[512].values()) > 0.9
+    assert found[0][16] < 0.2
+
+
+def test_the_recall_task_asks_for_pairs_that_stood_there():
+    from recall_task import DISTANCES, FILLER, KEYS, RecallTask
+
+    tokens, distances = RecallTask(window=16, windows=20).document(0)
+    assert set(distances) == {0, *DISTANCES}
+    for place in np.flatnonzero(distances) + 1:  # of the value
+        window = place // 16 - distances[place - 1]
+        pairs = tokens[window * 16 : (window + 1) * 16]
+        where = np.flatnonzero(pairs == tokens[place - 1])
+        assert FILLER <= tokens[place - 1] < FILLER + KEYS
+        assert tokens[place] in pairs[where + 1]
