@@ -3,8 +3,6 @@
 import torch
 from transformers.activations import ACT2FN
 
-from recur_gpt2.models.pointer import ABOVE
-
 
 def attend(query, key, value, first_place, slots, scale):
     """Query i stands at place `first_place + i` and sees the slots in front and the keys up to its own place.
@@ -136,7 +134,7 @@ def point(pointer, logits, hidden, slots):
         return logits
     query = pointer.query @ hidden
     scale = pointer.log_scale.exp()
-    scores = [pointer.sentinel @ hidden + scale.max() + ABOVE]
+    scores = [pointer.sentinel @ hidden + scale.max() + pointer.above.mean()]
     for earlier, _ in slots:
         key = pointer.key @ earlier
         scores.append((query * scale) @ key / query.norm() / key.norm())

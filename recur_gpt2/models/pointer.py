@@ -50,6 +50,8 @@ class PointerMemory(nn.Module):
         self.key = nn.Parameter(torch.empty(self.width, config.n_embd))
         self.sentinel = nn.Parameter(torch.empty(config.n_embd))
         self.log_scale = nn.Parameter(torch.empty(self.width))
+        # Its mean counts. One number alone would misalign, by four bytes, all weights behind it in a file.
+        self.above = nn.Parameter(torch.empty(self.width))
 
     def reset_parameters(self):
         """Begin with a cosine of hidden states, looked at from a few directions."""
@@ -58,6 +60,7 @@ class PointerMemory(nn.Module):
             self.query.copy_(self.key)
         nn.init.zeros_(self.sentinel)
         nn.init.constant_(self.log_scale, log(SCALE))
+        nn.init.constant_(self.above, ABOVE)
 
     def positions(self, hidden: Tensor, ids: Tensor | None) -> Tensor:
         """(..., D) and (...) token ids, None where only embeddings are known -> (..., w + 1), never in 16 bit."""
@@ -115,7 +118,7 @@ class PointerMemory(nn.Module):
         with in_full(hidden.device):
             scale = widen(self.log_scale).exp()
             ceiling = scale.max()  # queries and keys are of length 1
-            sentinel = widen(hidden) @ widen(self.sentinel) + ceiling + ABOVE
+            sentinel = widen(hidden) @ widen(self.sentinel) + ceiling + widen(self.above).mean()
         return scale * _unit(hidden, self.query), sentinel, ceiling
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..utils.tensors import widen
+from ..utils.tensors import in_full, widen
 
 CPU_SCORES, GPU_SCORES = 2**18, 2**26  # scores that exist at a time: what stays in the cache, and few large kernels
 NOTHING = -1e30  # an exponent whose power is zero
@@ -38,7 +38,8 @@ def pointer_shares(
     Returns:
         The log of the model's share, and the share that points at the target, (R, n) each.
     """
-    return _Shares.apply(query, sentinel, slots, targets, ceiling.detach())
+    with in_full(query.device):
+        return _Shares.apply(query, sentinel, slots, targets, ceiling.detach())
 
 
 def pointer_logits(logits: Tensor, query: Tensor, sentinel: Tensor, slots: Tensor, ceiling: Tensor) -> Tensor:
@@ -48,10 +49,11 @@ def pointer_logits(logits: Tensor, query: Tensor, sentinel: Tensor, slots: Tenso
     """
     keys, tokens = _keys(slots, ceiling), slots[..., -1].long().sub(1).clamp_min(0)
     size, rows = query.shape[1], len(slots)
-    parts = [
-        _mixed(*(each[:, some] for each in (logits, query, sentinel)), keys, tokens, ceiling)
-        for some in _chunks(size, slots, rows)
-    ]
+    with in_full(query.device):
+        parts = [
+            _mixed(*(each[:, some] for each in (logits, query, sentinel)), keys, tokens, ceiling)
+            for some in _chunks(size, slots, rows)
+        ]
     return torch.cat(parts, dim=1)
 
 
@@ -64,9 +66,7 @@ def _mixed(logits, query, sentinel, keys, tokens, ceiling):
     wide = widen(logits)
     # A share is its exponential, times that of the model's share, over the sentinel's exponential.
     factor = (wide.logsumexp(dim=-1) + log_model - sentinel + ceiling)[..., None]
-    # Not zero, whose logarithm has no gradient.
-    log_copied = copied.clamp_min(torch.finfo(copied.dtype).tiny).log()
-    return torch.logaddexp(wide + log_model[..., None], log_copied + factor).to(logits.dtype)
+    return torch.logaddexp(wide + log_model[..., None], _log(copied) + factor).to(logits.dtype)
 
 
 class _Shares(torch.autograd.Function):
@@ -152,4 +152,9 @@ def _with_one(query):
 
 def _log_model(sentinel, total, ceiling):
     """Log of the model's share, from the sum of the slots' exponentials."""
-    return sentinel - torch.logaddexp(sentinel, total.log() + ceiling)
+    return sentinel - torch.logaddexp(sentinel, _log(total) + ceiling)
+
+
+def _log(values):
+    """Of what may be zero, whose logarithm has no gradient: then of next to nothing."""
+    return values.clamp_min(torch.finfo(values.dtype).tiny).log()

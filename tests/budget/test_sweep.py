@@ -143,7 +143,7 @@ def test_what_took_more_than_a_budget_has_run_out_of_it(tmp_path, monkeypatch, f
         return held({"status": OK, "peak_memory_bytes": peak, "tokens_per_second": 1.0}, job.budget)
 
     monkeypatch.setattr(points, "measured", measured)
-    budgets = [310 * MIB, 290 * MIB]
+    budgets = [310 * MIB, 299 * MIB]
     large, *small = points_of(run_sweep(arguments(tmp_path, windows=[64], methods=["recurrent"], budgets=budgets)))
     assert (large["status"], large["peak_memory_bytes"]) == (OK, 300 * MIB)
     assert (small[0]["settings"], small[0]["status"]) == (large["settings"], OUT_OF_MEMORY)

@@ -266,7 +266,8 @@ def test_shuffled_reads_every_token_twice_and_predicts_it_once(models):
 
 
 def test_autocast_casts_weights_once_for_a_whole_document(models):
-    weights = {parameter.shape for parameter in models["last"].parameters() if parameter.ndim == 2}
+    named = models["last"].named_parameters()
+    weights = {parameter.shape for name, parameter in named if parameter.ndim == 2 and "pointer" not in name}
 
     class Counter(TorchDispatchMode):
         casts = 0

@@ -206,7 +206,18 @@ def test_the_folder_holds_results_report_and_pictures(tmp_path):
     assert json.loads(files["results.json"].read_text()) == results
     assert files["results.json"].read_text().startswith('{\n "rows"')
     assert files["report.md"].read_text(encoding="utf-8") == markdown_report(results)
-    assert all(files[name].read_bytes().startswith(b"\x89PNG") for name in report.PICTURES)
+    assert all(files[name].read_bytes().startswith(b"\x89PNG") for name in files if name.endswith("png"))
+
+
+def test_horizons_are_reported_where_they_were_measured(tmp_path):
+    rows = [{"horizon": 2, "nats": 4.1, "behind_whole": 0.1, "behind_whole_interval": [0.05, 0.125]}]
+    rows.append({"horizon": "all", "nats": 4.0, "behind_whole": 0.0, "behind_whole_interval": [0.0, 0.0]})
+    write_report(make_results(make_rows()) | {"horizons": rows}, tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| 2 windows | 4.1000 | 0.1000 | 0.0500 to 0.1250 |" in text
+    assert "| whole document | 4.0000 |" in text
+    assert "(horizons.png)" in text
+    assert (tmp_path / "horizons.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_failure_midway_leaves_old_files_whole(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def test_the_configuration_may_ask_for_hidden_states_attentions_and_tuples(make_
 
 
 def test_embeddings_are_read_in_windows_and_written_on_from_as_ids_are(make_model):
-    model = make_model("default")
+    model = make_model("default", pointer_slots=0)
     embeds = model.get_input_embeddings()(IDS)
     for options in ({}, {"attention_mask": LEFT}):
         assert_close(model(inputs_embeds=embeds, **options).logits, model(IDS, **options).logits)
