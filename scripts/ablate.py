@@ -1,4 +1,5 @@
-"""The ablation behind the `default` recurrence: one finetuning for each configuration and window, on validation books.
+"""The ablation behind the `default` recurrence's edge: one finetuning for each configuration and window, on validation
+books, all of them without pointers.
 
     python scripts/ablate.py                                # runs what is not recorded yet, then prints the tables
     python scripts/ablate.py --windows 128 --only "last 32" "last 16"
@@ -86,7 +87,7 @@ def run(args, window, name):
     lanes = min(segments, MOST_LANES)
     command = ["--window", str(window), "--lanes", str(lanes), "--accumulate", str(segments // lanes)]
     command += ["--steps", str(args.steps), "--eval-split", "validation", "--eval-tokens", str(args.eval_tokens)]
-    command += ["--no-control", "--rows", "recurrent", *MORE_ROWS.get(name, []), *flags]
+    command += ["--pointer-slots", "0", "--no-control", "--rows", "recurrent", *MORE_ROWS.get(name, []), *flags]
     return finetuned(folder, command)
 
 
