@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..utils.tensors import in_full, widen
 
-CPU_SCORES, GPU_SCORES = 2**18, 2**26  # scores that exist at a time: what stays in the cache, and few large kernels
+CPU_SCORES, GPU_SCORES = 2**20, 2**26  # scores that exist at a time: few large kernels, and on a CPU in its cache
 NOTHING = -1e30  # an exponent whose power is zero
 
 
@@ -47,19 +47,19 @@ def pointer_logits(logits: Tensor, query: Tensor, sentinel: Tensor, slots: Tenso
 
     Where all of a row's slots are empty nothing changes. The other arguments are those of `pointer_shares`.
     """
-    keys, tokens = _keys(slots, ceiling), slots[..., -1].long().sub(1).clamp_min(0)
+    filled, tokens = slots[..., -1] > 0, slots[..., -1].long().sub(1).clamp_min(0)
     size, rows = query.shape[1], len(slots)
     with in_full(query.device):
         parts = [
-            _mixed(*(each[:, some] for each in (logits, query, sentinel)), keys, tokens, ceiling)
+            _mixed(*(each[:, some] for each in (logits, query, sentinel)), slots, tokens, filled, ceiling)
             for some in _chunks(size, slots, rows)
         ]
     return torch.cat(parts, dim=1)
 
 
-def _mixed(logits, query, sentinel, keys, tokens, ceiling):
-    """Logits (R, p, V) of some positions -> the mixture's; keys (R, w + 1, S), tokens (R, S)."""
-    exponentials = (_with_one(query) @ keys).exp()
+def _mixed(logits, query, sentinel, slots, tokens, filled, ceiling):
+    """Logits (R, p, V) of some positions -> the mixture's; tokens of the slots, and whether they hold any, (R, S)."""
+    exponentials = (query @ slots[..., :-1].mT - ceiling).exp() * filled[:, None]
     log_model = _log_model(sentinel, exponentials.sum(dim=-1), ceiling)
     copied = exponentials.new_zeros(logits.shape)
     copied = copied.scatter_add(2, tokens[:, None].expand_as(exponentials), exponentials)
