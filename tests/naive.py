@@ -134,7 +134,7 @@ def point(pointer, logits, hidden, slots):
         return logits
     query = pointer.query @ hidden
     scale = pointer.log_scale.exp()
-    scores = [pointer.sentinel @ hidden + pointer.sentinel_bias.mean()]
+    scores = [pointer.sentinel @ hidden + scale.max() + pointer.above.mean()]
     for earlier, _ in slots:
         key = pointer.key @ earlier
         scores.append((query * scale) @ key / query.norm() / key.norm())

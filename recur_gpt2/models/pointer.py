@@ -23,9 +23,8 @@ from ..utils.tensors import IGNORE_INDEX, in_full, widen
 from .configuration import RecurGPT2Config
 
 POINTER = "pointer"  # its name in RecurState
-# What a new model begins with, and training moves little: the best of five pairs on the validation books. Its own share
-# is nearly all.
-SCALE, SENTINEL = 15.0, 18.5
+SCALE = 12.0  # of a new model's scores
+ABOVE = 5.0  # the sentinel's score over the largest one that a slot can have: a new model's own share is nearly all
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class PointerMemory(nn.Module):
         self.sentinel = nn.Parameter(torch.empty(config.n_embd))
         self.log_scale = nn.Parameter(torch.empty(self.width))
         # Its mean counts. One number alone would misalign, by four bytes, all weights behind it in a file.
-        self.sentinel_bias = nn.Parameter(torch.empty(self.width))
+        self.above = nn.Parameter(torch.empty(self.width))
 
     def reset_parameters(self):
         """Begin with a cosine of hidden states, looked at from a few directions."""
@@ -61,7 +60,7 @@ class PointerMemory(nn.Module):
             self.query.copy_(self.key)
         nn.init.zeros_(self.sentinel)
         nn.init.constant_(self.log_scale, log(SCALE))
-        nn.init.constant_(self.sentinel_bias, SENTINEL)
+        nn.init.constant_(self.above, ABOVE)
 
     def positions(self, hidden: Tensor, ids: Tensor | None) -> Tensor:
         """(..., D) and (...) token ids, None where only embeddings are known -> (..., w + 1), never in 16 bit."""
@@ -119,7 +118,7 @@ class PointerMemory(nn.Module):
         with in_full(hidden.device):
             scale = widen(self.log_scale).exp()
             ceiling = scale.max()  # queries and keys are of length 1
-            sentinel = widen(hidden) @ widen(self.sentinel) + widen(self.sentinel_bias).mean()
+            sentinel = widen(hidden) @ widen(self.sentinel) + ceiling + widen(self.above).mean()
         return scale * _unit(hidden, self.query), sentinel, ceiling
 
 
