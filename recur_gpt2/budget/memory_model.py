@@ -223,7 +223,7 @@ def _pointing(config, work, *, with_gradients):
         return 0
     slots, tokens = _pointer_slots(config, work), work.lanes * work.windows * config.window
     own = FLOAT * tokens * (config.pointer_width + 1)
-    at_hand = 2 * FLOAT * max(CPU_SCORES, config.pointer_slots)
+    at_hand = 0 if work.task == "embed" else FLOAT * min(CPU_SCORES, config.window * config.pointer_slots)
     return (4 if with_gradients else 2) * slots + (8 if with_gradients else 3) * own + at_hand
 
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..utils.tensors import in_full, widen
 
-CPU_SCORES, GPU_SCORES = 2**20, 2**26  # scores that exist at a time: few large kernels, and on a CPU in its cache
+CPU_SCORES, GPU_SCORES = 2**19, 2**26  # scores that exist at a time: few large kernels, and on a CPU in its cache
 NOTHING = -1e30  # an exponent whose power is zero
 
 
