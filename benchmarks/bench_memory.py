@@ -38,7 +38,6 @@ KINDS = {
     "yoshida2020, 8 slots": {"recurrence": "yoshida2020", "pooled_slots": 8, "insert_layers": [0, 1]},
     "linear state": {"recurrence": "none", "linear_layers": "all", "carry_linear_state": True},
 }
-PROTOCOLS = ("disjoint", "recurrent", "zeroed")
 LONGER = 1024
 
 

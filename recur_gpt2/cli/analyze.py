@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..data.bundle import BUNDLED_RECURRENT
 from ..errors import check_range
-from ..utils.files import atomic_write_text, check_can_write
+from ..utils.files import atomic_write_text, check_can_write, read_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +26,9 @@ def run(args: argparse.Namespace) -> None:
     """Analyze a text and write the page."""
     check_can_write(args.output)
     check_range(1, windows=args.windows, tokens=args.tokens)
+    text = read_text(args.text)
     import numpy as np
 
-    from ..data.files import read_documents
     from ..evaluation.analysis import Shown, analyze
     from ..evaluation.analysis_page import analysis_page
     from ..models.hub import load_tokenizer
@@ -36,10 +36,9 @@ def run(args: argparse.Namespace) -> None:
     from ..training.precision import autocast_dtype
     from ..utils.device import checked_device
 
-    (document,) = read_documents([args.text])
     model = load_any(args.model).to(checked_device(args.device))
     tokenizer = load_tokenizer(args.model)
-    tokens = np.array(tokenizer(document["text"], verbose=False)["input_ids"])[: args.tokens]
+    tokens = np.array(tokenizer(text, verbose=False)["input_ids"])[: args.tokens]
     dtype = autocast_dtype(model, args.precision, training=False)
     found = analyze(model, tokenizer, tokens, Shown(windows=args.windows), dtype=dtype, progress=True)
     atomic_write_text(args.output, analysis_page(found, title=args.text.name))

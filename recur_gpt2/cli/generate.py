@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..data.bundle import BUNDLED_RECURRENT
 from ..errors import LARGEST_FLOAT, LARGEST_SEED, InputError, check_range
-from ..utils.files import check_can_write
+from ..utils.files import check_can_write, read_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,12 +71,7 @@ def _prompt(args):
     check_range(0, 1, above=True, top_p=args.top_p)
     if args.state_out is not None:
         check_can_write(args.state_out)
-    if args.prompt_file is None:
-        return args.prompt
-    try:
-        return args.prompt_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{args.prompt_file} could not be read ({error}); give a UTF-8 text file") from error
+    return args.prompt if args.prompt_file is None else read_text(args.prompt_file)
 
 
 def _session(args):

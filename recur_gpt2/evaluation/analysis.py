@@ -8,6 +8,7 @@ B rows, W windows, T tokens a window, S slots that may be pointed at, M memory s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,8 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..models.modeling import RecurGPT2LMHeadModel
-from ..models.pointer import Pointed
-from ..models.state import RecurState
+from ..models.pointer import POINTER
 from .evaluate import evaluate
 from .horizons import measure_horizons
 
@@ -94,7 +94,8 @@ def _by_position(gains, window):
     positions = np.arange(window, len(gains)) % window
     bins = positions * min(BINS, window) // window
     return [
-        {"from": int(positions[bins == n].min()), "gain": float(gains[window:][bins == n].mean())} for n in set(bins)
+        {"from": int(positions[bins == n].min()), "gain": float(gains[window:][bins == n].mean())}
+        for n in np.unique(bins)
     ]
 
 
@@ -112,16 +113,13 @@ def _large_gain(place, gains, tokens, pieces):
 @torch.no_grad()
 def _looked_at(model, tokenizer, tokens, pieces, gains, numbers):
     """For each of the windows its number and tokens; each token with probabilities and what was attended to."""
-    window, state, shown = model.config.window, RecurState.empty(1), []
-    ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)[None]
-    for number in range(max(numbers) + 1):
-        here = slice(number * window, (number + 1) * window)
-        if number in numbers:
-            found = _window(model, ids[:, here], state, number)
-            shown.append(
-                {"number": number, "tokens": _described(found, tokenizer, tokens, pieces, gains, number, window)}
-            )
-        state = model.transformer(ids[:, here], state=state).state
+    window, state, shown = model.config.window, None, []
+    ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
+    for before, number in pairwise([0, *numbers]):
+        state = model.read(ids[before * window : number * window], state, progress=False)
+        found = _window(model, ids[None, number * window : (number + 1) * window], state, number)
+        described = _described(found, tokenizer, tokens, pieces, gains, number, window)
+        shown.append({"number": number, "tokens": described})
     return shown
 
 
@@ -131,8 +129,8 @@ class _Read:
 
     Attributes:
         memory, removed: probabilities (T, V).
-        share: (T,) of the mixture that is pointing; None where the model does not point.
-        pointed: (T, S) shares of slots, and (S,) tokens of the document that they point at.
+        pointed: (T, S) shares of slots, and (S,) tokens of the document that they point at; None where the model does
+            not point.
         attended: (T, M') mean weights of last positions over layers and heads, and (M',) where in the document they
             stood; None where they are not known.
     """
@@ -146,15 +144,14 @@ class _Read:
 def _window(model, ids, state, number) -> _Read:
     config = model.config
     with_weights = not config.linear_layers and config.last_slots and not config.pool_layers
-    out = model(ids, state=state, output_attentions=bool(with_weights))
-    pointed: list[Pointed] = []
-    hidden = model.transformer(ids, state=state, pointed=pointed).last_hidden_state
+    out = model(ids, state=state, output_attentions=bool(with_weights), output_hidden_states=True)
     shares = attended = None
-    if pointed:
-        slots = pointed[0].slots
-        weights = model.transformer.recurrence.pointer.weights(hidden, slots)[0, :, 1:]
+    if model.transformer.recurrence.pointer is not None:
         left = config.window - 1  # slots of each window: its second token is the first that can be pointed at
-        index = torch.arange(number * left - slots.shape[1], number * left)
+        count = min(config.pointer_slots, number * left)
+        slots = state.memory[POINTER][:, -count:]
+        weights = model.transformer.recurrence.pointer.weights(out.hidden_states[-1], slots)[0, :, 1:]
+        index = torch.arange(number * left - count, number * left)
         shares = weights, index // left * config.window + index % left + 1
     if with_weights:
         layers = torch.stack([out.attentions[layer][0] for layer in config.insert_layers])  # (L, H, T, M + F)

@@ -26,7 +26,7 @@ from ..errors import InputError, check_range
 from ..models.flops import flops_per_token
 from ..models.modeling import RecurGPT2LMHeadModel
 from ..models.state import RecurState
-from ..ops.cross_entropy import mixed_losses, token_losses
+from ..ops.cross_entropy import token_losses
 from ..ops.matmul import weight_of
 from ..utils.measure import Meter
 from ..utils.tensors import IGNORE_INDEX
@@ -260,9 +260,7 @@ class _Reader:
                 while (segment := lanes.segment(windows)) is not None:
                     segment = segment.to(self.device)
                     hidden, shares = step(segment)
-                    nats = token_losses(hidden.to(head.dtype), head, segment.targets)
-                    if shares is not None:
-                        nats = mixed_losses(nats, shares, segment.targets)
+                    nats = token_losses(hidden.to(head.dtype), head, segment.targets, shares)
                     self._collect(losses, order, segment, nats.cpu().numpy())
                     self.predicted += segment.scored
                     bar.update(segment.scored)

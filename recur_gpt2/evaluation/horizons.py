@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..models.modeling import RecurGPT2LMHeadModel
 from ..models.state import RecurState
-from ..ops.cross_entropy import mixed_losses, token_losses
+from ..ops.cross_entropy import token_losses
 from ..ops.matmul import weight_of
 from .evaluate import Evaluation, resample
 
@@ -119,8 +119,7 @@ def _last_window(model, rows, parallel_windows, dtype):
             starts = torch.zeros(block.shape[:2], dtype=torch.bool)
             hidden, shares, state = model.read_windows(block, wanted, starts, state)
         head = head if dtype is None else head.to(dtype)
-        nats = token_losses(hidden[:, -1].to(head.dtype), head, wanted[:, -1])
-        if shares is not None:
-            nats = mixed_losses(nats, tuple(each[:, -1] for each in shares), wanted[:, -1])
+        shares = None if shares is None else tuple(each[:, -1] for each in shares)
+        nats = token_losses(hidden[:, -1].to(head.dtype), head, wanted[:, -1], shares)
     model.train(was_training)
     return nats.cpu().numpy()

@@ -438,8 +438,12 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
         """
         pointed: list[Pointed] = []
         hidden, state = self.transformer.forward_windows(input_ids, starts, state, call_layer, pointed)
+        return hidden, self._shares(hidden, targets, pointed), state
+
+    def _shares(self, hidden, targets, pointed) -> Shares | None:
+        """Of the head's mixture; None where the model does not point."""
         memory = self.transformer.recurrence.pointer
-        return hidden, None if memory is None else memory.shares(hidden, targets, pointed), state
+        return None if memory is None else memory.shares(hidden, targets, pointed)
 
     def _loss(self, hidden, logits, pointed, labels, attention_mask, num_items_in_batch):
         """Of all logits, if they are there; of hidden states otherwise."""
@@ -450,9 +454,7 @@ class RecurGPT2LMHeadModel(RecurGPT2PreTrainedModel, RecurGeneration, Generation
         if logits is not None:
             total = loss_of_logits(logits, targets)
         else:  # a few rows' logits were kept: the others are never made
-            memory = self.transformer.recurrence.pointer
-            shares = None if memory is None else memory.shares(hidden, targets, pointed)
-            total = summed_loss(hidden, weight_of(self.lm_head), targets, shares)
+            total = summed_loss(hidden, weight_of(self.lm_head), targets, self._shares(hidden, targets, pointed))
         items = (targets != IGNORE_INDEX).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 

@@ -23,23 +23,28 @@ VOCABULARY_ROWS = 4096
 CASTS = 2  # chunks that cast these rows each for itself; for more the head is cast once, and kept meanwhile
 
 
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, shares: Shares | None = None) -> Tensor:
     """Cross-entropy in nats at every position, without gradient.
 
     Args:
         hidden: (..., D), outputs of the final layer norm.
         weight: (V, D), the LM head.
         targets: (...) int64; -100 for a position that is not scored.
+        shares: of a mixture, whose losses are wanted, (...) each as `targets`; None for the model's own.
 
     Returns:
         (...) float32, zero where not scored.
     """
     flat, target = hidden.flatten(0, -2), targets.flatten()
+    shares = () if shares is None else tuple(each.flatten() for each in shares)
     losses = torch.zeros(len(flat), device=hidden.device)
     with torch.no_grad():
         chunks, weight = _chunks(flat, weight)
         for rows in chunks:
-            losses[rows] = _exponentials(flat[rows], weight, target[rows], _wide(flat.dtype))[0].float()
+            nats = _exponentials(flat[rows], weight, target[rows], _wide(flat.dtype))[0]
+            if shares:
+                nats, _ = _mixed(nats, *(each[rows] for each in shares), target[rows] != IGNORE_INDEX)
+            losses[rows] = nats.float()
     return losses.view(targets.shape)
 
 
@@ -50,18 +55,13 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, shares: Shares 
     Under autocast the products run in the autocast type; the softmax and the sums are never in 16 bit.
 
     Args:
-        shares: of a mixture, (...) each as `targets`: the loss is that of `mixed_losses`.
+        shares: as in `token_losses`.
     """
     dtype = _dtype(hidden)
     shares = () if shares is None else tuple(each.flatten() for each in shares)
     if not torch.is_grad_enabled():  # apply does not ask, and would make gradients that nobody wants
         hidden, weight, shares = hidden.detach(), weight.detach(), tuple(each.detach() for each in shares)
     return _SummedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), dtype, *shares)
-
-
-def mixed_losses(losses: Tensor, shares: Shares, targets: Tensor) -> Tensor:
-    """Nats of the model (...) -> those of its mixture with what is pointed at; zero where nothing is scored."""
-    return _mixed(losses, *shares, targets != IGNORE_INDEX)[0]
 
 
 def loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:

@@ -52,6 +52,14 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises InputError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} could not be read ({error}); give a UTF-8 text file") from error
+
+
 def atomic_write_text(path, text):
     """Write `text` as UTF-8 to `path`, whole or not at all, with the same line ends on every system."""
     with atomic_path(path) as temporary:

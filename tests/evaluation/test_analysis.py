@@ -6,6 +6,7 @@ import torch
 from conftest import DATA
 
 from recur_gpt2 import RecurGPT2LMHeadModel
+from recur_gpt2.cli.main import main
 from recur_gpt2.errors import InputError
 from recur_gpt2.evaluation.analysis import Shown, analyze
 from recur_gpt2.evaluation.analysis_page import analysis_page
@@ -105,6 +106,15 @@ def test_what_cannot_be_analyzed_is_refused(model, tokenizer, tokens):
     plain = RecurGPT2LMHeadModel.from_gpt2(DATA / "gpt2-mini", window=W, recurrence="none")
     with pytest.raises(InputError, match="the model has no memory to analyze"):
         analyze(plain, tokenizer, tokens, Shown())
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "not UTF-8"])
+def test_a_text_that_cannot_be_read_is_refused_by_name(content, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "book.txt").write_bytes(content)
+    assert main(["analyze", str(tmp_path / "book.txt"), "-o", str(tmp_path / "report.html")]) == 2
+    assert "book.txt could not be read" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
 
 
 @pytest.fixture

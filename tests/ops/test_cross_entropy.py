@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recur_gpt2.ops import cross_entropy
-from recur_gpt2.ops.cross_entropy import accumulate_gradients, loss_of_logits, mixed_losses, summed_loss, token_losses
+from recur_gpt2.ops.cross_entropy import accumulate_gradients, loss_of_logits, summed_loss, token_losses
 from recur_gpt2.utils.tensors import IGNORE_INDEX
 
 WIDTH, VOCABULARY = 8, 31
@@ -83,8 +83,8 @@ def test_the_loss_of_a_mixture_is_that_of_its_probabilities(rows):
     each = -mixed.log() * (targets != IGNORE_INDEX)
     assert_close(ours, each.sum())
     assert_close(torch.autograd.grad(2 * ours, inputs), torch.autograd.grad(2 * each.sum(), inputs))
-    found = mixed_losses(token_losses(hidden, weight, targets).double(), inputs[2:], targets)
-    assert_close(found, each, rtol=1e-5, atol=1e-6)
+    found = token_losses(hidden, weight, targets, inputs[2:])
+    assert_close(found.double(), each, rtol=1e-5, atol=1e-6)
     leaves = [each.detach().clone().requires_grad_() for each in inputs]
     grad_hidden, grad_shares = accumulate_gradients(*leaves[:2], targets, torch.tensor(2.0), leaves[2:])
     expected = torch.autograd.grad(2 * summed_loss(*inputs[:2], targets, inputs[2:]), inputs)
